@@ -1,0 +1,137 @@
+"""Do two models compute the same? By how much not, and how often do they agree?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from rewriters.errors import RewriteError
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference between the outputs of two models on the same inputs.
+
+    Attributes:
+        max_abs: largest absolute difference over all outputs.
+        relative: `max_abs` over `max(1, max|y|)` of the first model, per output, the
+            largest.
+        agreement: share of samples with the same arg max on the last axis; None where
+            no output has more than one unit.
+        finite: whether both models gave finite numbers only.
+        samples: how many inputs were compared.
+    """
+
+    max_abs: float
+    relative: float
+    agreement: float | None
+    finite: bool
+    samples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    first: Any, second: Any, x: Any = None, *, samples: int = 4, seed: int = 0
+) -> Comparison:
+    """Runs two models on the same inputs, in inference mode.
+
+    Args:
+        first: a model.
+        second: another with the same inputs and outputs.
+        x: array, or list or dict of arrays; random inputs that suit the first model
+            when None (standard normal; small integers for integer inputs and in
+            front of embeddings).
+        samples: how many random inputs.
+        seed: of the random inputs.
+
+    Raises:
+        RewriteError: the outputs differ in number or shape.
+    """
+    x = random_inputs(first, samples, seed) if x is None else x
+    ours = [np.asarray(y, "float64") for y in outputs(first, x)]
+    theirs = [np.asarray(y, "float64") for y in outputs(second, x)]
+    if [y.shape for y in ours] != [y.shape for y in theirs]:
+        raise RewriteError(
+            "the two models have outputs of other shapes",
+            got=[y.shape for y in theirs],
+            expected=f"{[y.shape for y in ours]}",
+        )
+    pairs = list(zip(ours, theirs, strict=True))
+    gaps = [float(np.max(np.abs(a - b), initial=0)) for a, b in pairs]
+    sizes = [max(1.0, float(np.max(np.abs(a), initial=0))) for a in ours]
+    classes = [
+        np.mean(a.argmax(-1) == b.argmax(-1))
+        for a, b in pairs
+        if a.ndim and a.shape[-1] > 1
+    ]
+    return Comparison(
+        max_abs=max(gaps),
+        relative=max(g / s for g, s in zip(gaps, sizes, strict=True)),
+        agreement=float(np.mean(classes)) if classes else None,
+        finite=all(np.isfinite(y).all() for y in (*ours, *theirs)),
+        samples=len(tree.flatten(x)[0]),
+    )
+
+
+def outputs(model: Any, x: Any) -> list[Any]:
+    """Flat list of a model's outputs as arrays, in inference mode."""
+    inputs = tree.map_structure(keras.ops.convert_to_tensor, x)
+    result = tree.flatten(model(inputs, training=False))
+    return [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in result]
+
+
+def random_inputs(model: Any, samples: int = 4, seed: int = 0, size: int = 16) -> Any:
+    """Inputs of the shapes a model wants, in its own structure.
+
+    Dimensions that are dynamic get `size`. Integer inputs, and those that feed an
+    embedding, get integers from 0 (so that masks occur) to below its vocabulary.
+    """
+    rng = np.random.default_rng(seed)
+    struct = getattr(model, "_inputs_struct", None)
+    if struct is None and hasattr(model, "_functional"):
+        struct = model._functional and model._functional._inputs_struct
+    if struct is None:
+        shapes = (model.get_build_config() or {}).get("input_shape")
+        if shapes is None:
+            raise RewriteError(
+                f"the inputs of {model.name!r} are not known",
+                expected="a model that was built or called, or `x` given",
+            )
+        if isinstance(shapes, dict):
+            struct = {k: keras.KerasTensor(tuple(s)) for k, s in shapes.items()}
+        elif shapes and isinstance(shapes[0], (list, tuple)):
+            struct = [keras.KerasTensor(tuple(s)) for s in shapes]
+        else:
+            struct = keras.KerasTensor((None, *shapes[1:]))
+    vocabularies = _vocabularies(model)
+
+    def one(t: Any) -> np.ndarray:
+        shape = tuple(d or size for d in t.shape[1:])
+        shape = (t.shape[0] or samples, *shape)
+        dtype = keras.backend.standardize_dtype(t.dtype)
+        top = vocabularies.get(id(t))
+        if top is not None or "int" in dtype or dtype == "bool":
+            return rng.integers(0, top or 2, shape).astype(dtype)
+        if dtype == "string":
+            return np.full(shape, "a")
+        return rng.standard_normal(shape).astype(dtype)
+
+    return tree.map_structure(one, struct)
+
+
+def _vocabularies(model: Any) -> dict[int, int]:
+    """Smallest vocabulary among the embeddings that read each input directly."""
+    found: dict[int, int] = {}
+    for t in getattr(model, "inputs", None) or ():
+        operation = t._keras_history.operation
+        for node in getattr(operation, "_outbound_nodes", ()):
+            if isinstance(node.operation, keras.layers.Embedding):
+                n = node.operation.input_dim
+                found[id(t)] = min(n, found.get(id(t), n))
+    return found

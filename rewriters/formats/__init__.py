@@ -1,0 +1,133 @@
+"""Any saved Keras model, of any generation, as a Keras 3 model.
+
+saved = read(path)                 which format, by content; config and arrays
+spec = modernize(saved)            the config in Keras 3's terms
+model = build(spec)                layers and graph, no memory for weights yet
+initialize(match(model, saved))    every array to its variable, shapes checked
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from rewriters.errors import RewriteError
+from rewriters.formats import archive, hdf5, keras3, savedmodel, training, weights
+from rewriters.formats.build import build, deferred, discard, initialize, set_trainable
+from rewriters.formats.foreign import Conversion as Conversion
+from rewriters.formats.foreign import alias as alias
+from rewriters.formats.modernize import modernize
+from rewriters.formats.saved import Saved
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    custom_objects: dict[str, Any] | None = None,
+    lambdas: dict[str, Callable[..., Any]] | None = None,
+    safe_mode: bool = True,
+    compile: bool = True,
+) -> keras.Model:
+    """Returns the model saved at `path`, as a Keras 3 model of stock layers.
+
+    Reads `.h5` and `.hdf5` files of Keras 1, 2 and 3, `.keras` archives of Keras 2
+    and 3, and SavedModel directories of Keras 2; told apart by content, not by
+    name. Layers of tensorflow-addons and keras-contrib become Keras's own where
+    these compute the same. Names, trainable flags, dtype policies and sharing are
+    kept.
+
+    Args:
+        path: file or directory.
+        custom_objects: classes and functions by the name that the file uses.
+        lambdas: functions by the name of the `Lambda` or TensorFlow operation layer
+            that they replace.
+        safe_mode: if True, the default, no code from the file is run, and a
+            `Lambda` without a function in `lambdas` is an error.
+        compile: whether to restore optimizer, loss and metrics. What cannot be
+            restored is left out with one warning.
+
+    Raises:
+        RewriteError: naming the file, if it is not a saved model, is damaged, or
+            holds what has no counterpart here.
+    """
+    path = os.fspath(path)
+    custom_objects = dict(custom_objects or {})
+    lambdas = dict(lambdas or {})
+    try:
+        with contextlib.closing(read(path)) as saved:
+            if saved.generation == 3 and saved.tree is not None:
+                return keras3.load(
+                    path, saved, custom_objects, lambdas, safe_mode, compile
+                )
+            spec = modernize(saved, custom_objects, lambdas, safe_mode)
+            model = _assemble(spec, saved, custom_objects)
+            if compile:
+                training.restore(model, saved, custom_objects)
+            return model
+    except RewriteError as e:
+        what = f"Cannot load {path!r}: {e.what}"
+        raise RewriteError(what, got=e.got, expected=e.expected, fix=e.fix) from e
+    except Exception as e:
+        first = (str(e).strip() or repr(e)).splitlines()[0]
+        raise RewriteError(
+            f"Cannot load {path!r}",
+            got=f"{type(e).__name__}: {first}",
+            expected="a file that model.save wrote, whole",
+            fix="If the file is sound, pass its classes in custom_objects",
+        ) from e
+
+
+def read(path: str) -> Saved:
+    """Reads the config and finds the arrays of the saved model at `path`."""
+    place = pathlib.Path(path)
+    if place.is_dir():
+        if (place / "saved_model.pb").exists():
+            return savedmodel.read(path)
+        raise _unknown("a directory without saved_model.pb")
+    if not place.exists():
+        raise RewriteError("There is no such file", fix="Check the path")
+    with place.open("rb") as f:
+        head = f.read(8)
+    for module in (hdf5, archive):
+        if head.startswith(module.MAGIC):
+            return module.read(path)
+    raise _unknown("an empty file" if not head else f"a file that starts with {head!r}")
+
+
+def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model:
+    with keras.saving.custom_object_scope(custom_objects):
+        try:
+            with deferred():
+                model = build(spec)
+                set_trainable(model, spec)
+                pairs = weights.match(model, spec, saved)
+            initialize(weights.values(pairs))
+        except ValueError as e:
+            if "in a stateless scope" not in str(e):
+                raise
+            # Stateful recurrent layers, and custom ones that make variables of
+            # values, are built at once.
+            model = build(spec)
+            set_trainable(model, spec)
+            for variable, array in weights.match(model, spec, saved):
+                variable.assign(array.read())
+        finally:
+            discard()
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
+    return model
+
+
+def _unknown(got: str) -> RewriteError:
+    return RewriteError(
+        "It is not a saved Keras model",
+        got=got,
+        expected="an .h5 or .keras file, or a SavedModel directory",
+        fix="Give what model.save wrote",
+    )

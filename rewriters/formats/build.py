@@ -1,0 +1,167 @@
+"""Builds a `Spec` with no memory for its weights, which are given their values after.
+
+A config may claim layers of any size. The variables are therefore made inside a
+`keras.StatelessScope`, where Keras only notes their shapes; `initialize` allocates
+them, each from its stored value, once every shape was found in the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend.common import global_state
+
+from rewriters.errors import RewriteError
+from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
+
+
+_PENDING = "uninitialized_variables"
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Variables made inside have shapes and no values; a failure leaves no trace."""
+    before = list(global_state.get_global_attribute(_PENDING, None) or [])
+    try:
+        with warnings.catch_warnings():
+            # What Keras has to say of a stored model, it says when that is called.
+            warnings.simplefilter("ignore", UserWarning)
+            with keras.StatelessScope(initialize_variables=False):
+                yield
+    except BaseException:
+        global_state.set_global_attribute(_PENDING, before)
+        raise
+
+
+def discard() -> None:
+    """Forgets every variable that still waits for a value."""
+    global_state.set_global_attribute(_PENDING, [])
+
+
+def initialize(values: dict[int, np.ndarray]) -> None:
+    """Gives each waiting variable its value by its id, or its initializer's."""
+    for variable in global_state.get_global_attribute(_PENDING, None) or []:
+        if id(variable) in values:
+            variable._initializer = _Constant(values[id(variable)])
+    with keras.StatelessScope():
+        pass  # leaving a scope is what makes Keras initialize what waits
+
+
+class _Constant:
+    def __init__(self, value: np.ndarray):
+        self.value = value
+
+    def __call__(self, shape, dtype=None):
+        return keras.ops.convert_to_tensor(self.value, dtype=dtype)
+
+
+def build(spec: Spec) -> Any:
+    """Returns the layer or model that `spec` describes."""
+    if spec.layers is None:
+        model = _layer(spec)
+    elif spec.outputs is None:
+        model = spec.cls([build(s) for s in spec.layers], name=spec.name)
+    else:
+        model = _functional(spec)
+    return model
+
+
+def set_trainable(model: Any, spec: Spec) -> None:
+    """Sets the stored flags from the outside in: a model's flag reaches its layers."""
+    if spec.trainable is not None and not spec.operation:
+        model.trainable = spec.trainable
+    for layer, inner in sublayers(model, spec):
+        set_trainable(layer, inner)
+
+
+def sublayers(model: Any, spec: Spec) -> list[tuple[Any, Spec]]:
+    """Pairs of a model's or wrapper's direct sublayers and their specs."""
+    if spec.layers is not None:
+        known = {layer.name: layer for layer in model.layers}
+        return [(known[s.name], s) for s in spec.layers if s.name in known]
+    pairs = []
+    for key, value in spec.config.items():
+        inner = getattr(model, key, None)
+        if isinstance(value, Spec) and isinstance(inner, keras.layers.Layer):
+            pairs.append((inner, value))
+    return pairs
+
+
+def _layer(spec: Spec) -> Any:
+    def made(value: Any) -> Any:
+        if isinstance(value, list) and any(isinstance(v, Spec) for v in value):
+            return [build(v) for v in value]
+        return build(value) if isinstance(value, Spec) else value
+
+    config = {k: made(v) for k, v in spec.config.items()}
+    wraps = any(config[k] is not v for k, v in spec.config.items())
+    if wraps or not hasattr(spec.cls, "from_config"):
+        return spec.cls(**config)
+    return spec.cls.from_config(config)
+
+
+def _functional(spec: Spec) -> Any:
+    assert_layers = spec.layers or []
+    layers: dict[str, Any] = {
+        s.name: None if s.operation else build(s) for s in assert_layers
+    }
+    outputs: dict[tuple[str, int], list[Any]] = {}
+    todo: list[tuple[Spec, int, Call]] = []
+    for s in assert_layers:
+        if s.kind == "InputLayer":
+            outputs[s.name, 0] = keras.tree.flatten(layers[s.name].output)
+        todo += [(s, i, call) for i, call in enumerate(s.calls)]
+
+    def tensor(ref: Ref) -> Any:
+        return outputs[ref.layer, ref.node][ref.tensor]
+
+    while todo:
+        waiting = []
+        for s, i, call in todo:
+            needed = refs(call.args) + refs(list(call.kwargs.values()))
+            if all((r.layer, r.node) in outputs for r in needed):
+                args = map_refs(tensor, call.args)
+                kwargs = map_refs(tensor, call.kwargs)
+                result = (
+                    _operate(s, i, args, kwargs)
+                    if s.operation
+                    else layers[s.name](*args, **kwargs)
+                )
+                outputs[s.name, i] = keras.tree.flatten(result)
+            else:
+                waiting.append((s, i, call))
+        if len(waiting) == len(todo):
+            raise RewriteError(
+                f"The graph of the model {spec.name!r} is broken",
+                got=f"calls of {sorted({s.name for s, *_ in waiting})[:5]} "
+                "on tensors that no layer gives",
+                expected="every tensor to come from an input or an earlier layer",
+                fix="The file is damaged: fetch or save it again",
+            )
+        todo = waiting
+    return spec.cls(
+        inputs=map_refs(tensor, spec.inputs),
+        outputs=map_refs(tensor, spec.outputs),
+        name=spec.name,
+    )
+
+
+def _operate(spec: Spec, index: int, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """Calls an operation; the last node it makes takes the stored layer's name."""
+    result = spec.cls(*args, **kwargs)
+    known = {id(t) for t in keras.tree.flatten([args, kwargs])}
+    for made in keras.tree.flatten(result):
+        history = getattr(made, "_keras_history", None)
+        if history is not None and id(made) not in known:
+            name = spec.name if index == 0 else f"{spec.name}_call_{index}"
+            operation = history.operation
+            operation.name = name.replace("/", ".")
+            if hasattr(operation, "_auto_config"):
+                operation._auto_config.config["name"] = operation.name
+            break
+    return result

@@ -1,0 +1,125 @@
+"""Layers that are not Keras's own: a registry of converters to classes that are.
+
+A converter takes the layer's stored config and returns a `Conversion`. Converters
+to stock Keras 3 layers are here; a package with layers of its own registers its
+converters when it is imported:
+
+    @alias("Addons>FilterResponseNormalization", "FilterResponseNormalization")
+    def _(config):
+        return Conversion(MyFilterResponseNormalization, config)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+Converter = Callable[[dict[str, Any]], "Conversion"]
+_aliases: dict[str, list[tuple[Callable[[dict], bool], Converter]]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a foreign layer becomes.
+
+    Args:
+        cls: the class that replaces it.
+        config: arguments of `cls`; a wrapped layer stays as the file has it, and is
+            converted in turn.
+        rename: stored variable name to the variable name of `cls`, where they
+            differ, and None for an array that is not needed. `.keras` archives of
+            Keras 2 have no names but places, such as `"layer/vars/0"`.
+    """
+
+    cls: type
+    config: dict[str, Any]
+    rename: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+def alias(*names: str, when: Callable[[dict], bool] = lambda config: True):
+    """Decorates a converter for the stored class `names` (plain or `package>name`).
+
+    Args:
+        names: names under which files know the class.
+        when: tells twins apart: whether a config is this class's.
+    """
+
+    def register(converter: Converter) -> Converter:
+        for name in names:
+            _aliases.setdefault(name, []).insert(0, (when, converter))
+        return converter
+
+    return register
+
+
+def find(names: list[str], config: dict[str, Any]) -> Converter | None:
+    """Returns the converter for the first of `names` that has one for `config`."""
+    for name in names:
+        for when, converter in _aliases.get(name, ()):
+            if when(config):
+                return converter
+    return None
+
+
+def _keras():
+    import keras
+
+    return keras.layers
+
+
+@alias("Addons>GroupNormalization")
+def _addons_group(config):
+    return Conversion(_keras().GroupNormalization, config)
+
+
+@alias("Addons>InstanceNormalization")
+@alias("InstanceNormalization", when=lambda config: "groups" in config)
+def _addons_instance(config):
+    # One group per channel, whatever number the file spells it with.
+    return Conversion(_keras().GroupNormalization, {**config, "groups": -1})
+
+
+@alias("InstanceNormalization", when=lambda config: "groups" not in config)
+@alias("keras_contrib>InstanceNormalization")
+def _contrib_instance(config):
+    from rewriters.formats.layers import StdInstanceNormalization
+
+    return Conversion(StdInstanceNormalization, config)
+
+
+@alias("Addons>SpectralNormalization")
+@alias("SpectralNormalization", when=lambda config: "power_iterations" in config)
+def _addons_spectral(config):
+    places = {"layer/vars/0": "kernel", "layer/vars/1": "bias"}
+    return Conversion(
+        _keras().SpectralNormalization,
+        config,
+        {"sn_u": "vector_u", **places, "vars/0": None, "vars/1": "vector_u"},
+    )
+
+
+@alias(
+    "BatchNormalizationV1",
+    "BatchNormalizationV2",
+    "SyncBatchNormalization",
+    "ExperimentalSyncBatchNormalization",
+)
+def _batch(config):
+    return Conversion(_keras().BatchNormalization, config)
+
+
+def _applications(name: str):
+    """Layers that Keras keeps inside its model zoo, and models of it hold."""
+
+    def convert(config):
+        from keras.src.applications import convnext
+
+        return Conversion(getattr(convnext, name), config)
+
+    return convert
+
+
+for _name in ("LayerScale", "StochasticDepth"):
+    alias(_name)(_applications(_name))

@@ -1,0 +1,179 @@
+"""`.keras` archives of Keras 3: Keras reads them itself, once they are known sound."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import h5py
+import keras
+from keras.src.utils.dtype_utils import dtype_size
+
+from rewriters.errors import RewriteError
+from rewriters.formats import hdf5
+from rewriters.formats.build import deferred, discard
+from rewriters.formats.modernize import problems
+from rewriters.formats.saved import Saved
+
+
+# Entries that Keras resolves by itself, without a class behind them.
+_PLAIN = frozenset(
+    "__tensor__ __numpy__ __bytes__ __ellipsis__ __slice__ __typespec__ "
+    "__keras_tensor__ __tuple__ TensorShape".split()
+)
+
+
+def load(
+    path: str,
+    saved: Saved,
+    custom_objects: dict[str, Any],
+    lambdas: dict[str, Callable[..., Any]],
+    safe_mode: bool,
+    compile: bool,
+) -> keras.Model:
+    """Returns the model in the Keras 3 archive at `path`.
+
+    Classes and Lambdas are resolved over the whole config first, so that one error
+    names all that is missing; then the model is built without memory, and its size
+    compared with what the archive holds.
+    """
+    given = dict(custom_objects)
+    _check_config(saved.config, given, lambdas, safe_mode)
+    _check_size(saved, given, safe_mode)
+    with _archive(path, saved.config, changed=bool(lambdas)) as checked:
+        arguments = {"custom_objects": given, "safe_mode": safe_mode}
+        if compile and saved.training:
+            try:
+                return keras.saving.load_model(checked, compile=True, **arguments)
+            except Exception as e:
+                model = keras.saving.load_model(checked, compile=False, **arguments)
+                warnings.warn(
+                    f"The model is not compiled: {str(e).splitlines()[0]}",
+                    stacklevel=3,
+                )
+                return model
+        return keras.saving.load_model(checked, compile=False, **arguments)
+
+
+def _check_config(
+    config: dict[str, Any],
+    custom_objects: dict[str, Any],
+    lambdas: dict[str, Callable[..., Any]],
+    safe_mode: bool,
+) -> None:
+    """Puts given functions in place of Lambdas, and raises for what is missing."""
+    missing: dict[str, str] = {}
+    refused: list[str] = []
+    for entry in _entries({k: v for k, v in config.items() if k != "compile_config"}):
+        kind, module = entry["class_name"], entry.get("module")
+        inner = entry["config"]
+        if kind == "Lambda" and isinstance(inner, dict) and "function" in inner:
+            name = str(inner.get("name"))
+            if name in lambdas:
+                inner["function"] = _reference(name)
+                custom_objects[_reference(name)["config"]] = lambdas[name]
+            elif safe_mode and "__lambda__" in json.dumps(inner["function"]):
+                refused.append(name)
+            continue
+        if kind in _PLAIN or kind == "__lambda__":
+            continue
+        if kind == "function":
+            names = [inner, entry.get("registered_name")]
+            label = str(inner)
+        else:
+            names = [entry.get("registered_name"), kind]
+            label = str(entry.get("registered_name") or kind)
+        known = any(n in custom_objects for n in names) or any(
+            keras.saving.get_registered_object(n) for n in names if n
+        )
+        if known or str(module).split(".", 1)[0] in ("keras", "builtins"):
+            continue
+        missing[label] = kind if kind != "function" else str(inner)
+    error = problems(missing=missing, refused=refused)
+    if error:
+        raise error
+
+
+def _reference(name: str) -> dict[str, Any]:
+    key = f"given>{name}"
+    return {
+        "module": "rewriters",
+        "class_name": "function",
+        "config": key,
+        "registered_name": key,
+    }
+
+
+def _entries(value: Any) -> Iterator[dict[str, Any]]:
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            if isinstance(value.get("class_name"), str) and "config" in value:
+                yield value
+            todo += reversed(value.values())
+        elif isinstance(value, list):
+            todo += reversed(value)
+
+
+def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -> None:
+    """Raises if the model is larger than all arrays of the archive together."""
+    stored = 0
+
+    def count(name: str, item: Any) -> None:
+        nonlocal stored
+        if isinstance(item, h5py.Dataset):
+            hdf5.array(saved.tree, name)
+            stored += item.id.get_storage_size()
+
+    saved.tree.visititems(count)
+    # Keras takes a config apart as it reads it.
+    config = copy.deepcopy({**saved.config, "compile_config": None})
+    try:
+        with deferred():
+            model = keras.saving.deserialize_keras_object(
+                config, custom_objects=custom_objects, safe_mode=safe_mode
+            )
+            if not isinstance(model, keras.Model):
+                raise RewriteError("The archive holds no model", got=type(model))
+            declared = sum(_bytes(v) for v in model.weights)
+    finally:
+        discard()
+    if declared > stored + (1 << 20):
+        raise RewriteError(
+            "Weights are missing",
+            got=f"a model of {declared} bytes with {stored} bytes of weights",
+            expected="one array of the right shape for every weight of the model",
+            fix="The file is damaged: fetch or save it again",
+        )
+
+
+def _bytes(variable: Any) -> int:
+    bits = dtype_size(keras.backend.standardize_dtype(variable.dtype))
+    size = bits // 8 or 1
+    for n in variable.shape:
+        size *= int(n)
+    return size
+
+
+@contextlib.contextmanager
+def _archive(path: str, config: dict[str, Any], changed: bool) -> Iterator[str]:
+    """The archive, or a copy of it with the name or the config that Keras takes."""
+    if path.endswith(".keras") and not changed:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"{folder}/model.keras"
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
+            for info in old.infolist():
+                if info.filename == "config.json":
+                    new.writestr(info.filename, json.dumps(config))
+                elif not info.is_dir():
+                    new.writestr(info.filename, old.read(info))
+        yield target

@@ -1,0 +1,88 @@
+"""What every reader hands over: a config and named arrays. Nothing is built or run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rewriters.errors import RewriteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One stored array, read only when asked for.
+
+    Args:
+        name: its path in the file, such as `"block/conv2d/kernel"`.
+        shape: its declared shape.
+        read: returns the values as a NumPy array.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass
+class Saved:
+    """A saved model, read but not yet understood.
+
+    Args:
+        config: the model's entry, `{"class_name": ..., "config": ...}`.
+        version: version of the Keras that wrote it, such as `"2.15.0"`.
+        layers: arrays of each top-level layer by its name, trainable ones first.
+            Arrays that belong to the model itself lie under the empty name.
+        tree: the nested HDF5 group of a `.keras` archive, instead of `layers`.
+        training: what the model was compiled with, where the file says so.
+        optimizer: the optimizer's arrays in their stored order.
+        backend: the backend that wrote it; Theano's convolutions are flipped.
+        close: closes the file that the arrays are read from.
+    """
+
+    config: dict[str, Any]
+    version: str = "2"
+    layers: dict[str, list[Array]] = dataclasses.field(default_factory=dict)
+    tree: Any = None
+    training: dict[str, Any] | None = None
+    optimizer: list[Array] = dataclasses.field(default_factory=list)
+    backend: str = "tensorflow"
+    close: Callable[[], None] = lambda: None
+
+    @property
+    def generation(self) -> int:
+        """Major version of the Keras that wrote the file: 1, 2 or 3."""
+        head = self.version.split(".", 1)[0]
+        return int(head) if head in ("1", "2", "3") else 2
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """Returns the parsed `text`, or raises a `RewriteError` naming `what`."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", errors="replace")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise RewriteError(
+            f"{what} is not readable JSON",
+            got=str(e),
+            expected="the JSON text that Keras wrote",
+            fix="The file is damaged: fetch or save it again",
+        ) from None
+
+
+def check_model_entry(config: Any) -> dict[str, Any]:
+    """Returns `config` if it is a model's entry, and raises otherwise."""
+    if isinstance(config, dict) and isinstance(config.get("class_name"), str):
+        inner = config.get("config")
+        if isinstance(inner, dict) or isinstance(inner, list):
+            return config
+    raise RewriteError(
+        "The model's config is not that of a Keras model",
+        got=str(config)[:80],
+        expected="a class_name and a config",
+        fix="The file is damaged: fetch or save it again",
+    )

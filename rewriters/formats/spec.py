@@ -1,0 +1,76 @@
+"""A model described in Keras 3's terms: what `modernize` returns and `build` builds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Ref(NamedTuple):
+    """A tensor of a graph: output `tensor` of the `node`-th call of a layer."""
+
+    layer: str
+    node: int
+    tensor: int
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of a layer; tensors among the arguments are `Ref`s."""
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Spec:
+    """One layer, operation or model.
+
+    Args:
+        name: the layer's name.
+        kind: class name in the file, without its package.
+        cls: Keras 3 class, or for an operation a function of its tensors.
+        config: arguments of `cls`; wrapped layers are `Spec`s.
+        calls: the layer's calls, in a functional model's graph.
+        layers: sublayers, if this is a model.
+        inputs: `Ref`s of a functional model's inputs, in any structure.
+        outputs: likewise of its outputs; None makes a model sequential.
+        trainable: the layer's flag, None where the file does not say.
+        rename: stored variable name to this layer's, None for one not needed.
+    """
+
+    name: str
+    kind: str
+    cls: Callable[..., Any]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    layers: list[Spec] | None = None
+    inputs: Any = None
+    outputs: Any = None
+    trainable: bool | None = None
+    operation: bool = False
+    rename: dict[str, str | None] = dataclasses.field(default_factory=dict)
+
+
+def map_refs(function: Callable[[Ref], Any], value: Any) -> Any:
+    """Returns `value` with `function` applied to each `Ref` in it."""
+    if isinstance(value, Ref):
+        return function(value)
+    if isinstance(value, dict):
+        return {k: map_refs(function, v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([map_refs(function, v) for v in value])
+    return value
+
+
+def refs(value: Any) -> list[Ref]:
+    """Every `Ref` in `value`, in order."""
+    found: list[Ref] = []
+    map_refs(found.append, value)
+    return found
+
+
+def safe_name(name: Any) -> str:
+    """A layer's name without the slash, which Keras 3 keeps for paths."""
+    return str(name).replace("/", "_")

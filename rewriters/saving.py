@@ -1,0 +1,115 @@
+"""Saving a model so that the file is either the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from rewriters.errors import RewriteError
+
+
+SUFFIXES = (".keras", ".h5", ".hdf5")
+
+
+def save(
+    model: keras.Model,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Iterable[Any] = (),
+    overwrite: bool = True,
+) -> pathlib.Path:
+    """Saves `model` at `path`, and returns the path.
+
+    The model is written to a new file in the same folder, which takes the name
+    `path` only when it is complete and on the disk. A process that is killed leaves
+    the old file as it was.
+
+    Args:
+        model: the model.
+        path: where to; ends in `.keras`, or in `.h5` or `.hdf5` for Keras's older
+            format.
+        inputs: files that the model was made from; `path` may not be one of them,
+            by whatever name. What is not a path is passed over.
+        overwrite: whether `path` may exist. Defaults to True.
+
+    Raises:
+        RewriteError: before anything is written, if `path` cannot be the target;
+            after it, with nothing left behind, if the model cannot be saved.
+    """
+    target = pathlib.Path(path)
+    _check(target, inputs, overwrite)
+    target = target.resolve()  # a link stays, what it points to is replaced
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=".saving_", dir=target.parent))
+    try:
+        partial = folder / target.name
+        keras.saving.save_model(model, partial)
+        if target.exists():
+            shutil.copymode(target, partial)
+        _to_disk(partial)
+        partial.replace(target)
+        _to_disk(target.parent)
+    except Exception as e:
+        first = (str(e).strip() or repr(e)).splitlines()[0]
+        raise RewriteError(
+            f"The model {model.name!r} could not be saved at {str(path)!r}",
+            got=f"{type(e).__name__}: {first}",
+            fix="Nothing was changed",
+        ) from e
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return pathlib.Path(path)
+
+
+def _check(target: pathlib.Path, inputs: Iterable[Any], overwrite: bool) -> None:
+    if target.suffix not in SUFFIXES:
+        raise RewriteError(
+            "The file's name does not tell its format",
+            got=repr(str(target)),
+            expected=f"a name that ends in {', '.join(SUFFIXES)}",
+        )
+    if not target.resolve().parent.is_dir():
+        raise RewriteError(
+            "There is no such folder",
+            got=repr(str(target.parent)),
+            fix="Make it first",
+        )
+    if target.is_dir():
+        raise RewriteError("The target is a folder", got=repr(str(target)))
+    for source in inputs:
+        if isinstance(source, (str, os.PathLike)) and _same(target, source):
+            raise RewriteError(
+                "The target is the file that was read",
+                got=repr(str(target)),
+                expected="another file",
+                fix="Give another name, and replace the old file yourself",
+            )
+    if target.exists() and not overwrite:
+        raise RewriteError(
+            "The target exists",
+            got=repr(str(target)),
+            fix="Give another name, or pass overwrite=True",
+        )
+
+
+def _same(target: pathlib.Path, source: str | os.PathLike[str]) -> bool:
+    other = pathlib.Path(source)
+    if target.exists() and other.exists():
+        return target.samefile(other)
+    return target.resolve() == other.resolve()
+
+
+def _to_disk(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some file systems do not sync folders
+        if path.is_file():
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,174 @@
+"""What a model has learnt, carried over by identity: weights, flags, optimizer slots.
+
+Nothing is matched by its position in a flat list of the whole model, which shifts as
+soon as one layer gains or loses a variable.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+
+from rewriters.errors import RewriteError
+from rewriters.holders import children, paired_children
+
+
+Pairs = Mapping[int, tuple[Any, Any]]
+
+
+def copy_weights(pairs: Pairs, skip: set[int] = frozenset()) -> None:  # type: ignore
+    """Copies weights and `trainable` flags from old layers to new.
+
+    Args:
+        pairs: `id(old) -> (old, new)`; layers inside them are paired by where their
+            owners hold them.
+        skip: ids of old layers whose counterpart is of another kind.
+
+    Raises:
+        RewriteError: a variable has no counterpart of the same shape.
+    """
+    for old, new in paired_layers(pairs, skip):
+        if old.trainable != new.trainable:
+            new.trainable = old.trainable
+        for v, w in paired_variables(old, new):
+            if v.shape != w.shape:
+                raise RewriteError(
+                    f"the copy of {old.name!r} has another weight shape",
+                    got=f"{w.path} {tuple(w.shape)}",
+                    expected=f"{tuple(v.shape)}",
+                )
+            assign(w, v)
+
+
+def paired_layers(pairs: Pairs, skip: set[int]) -> Iterator[tuple[Any, Any]]:
+    """All pairs of layers, owners before what they hold, each once."""
+    done: set[int] = set(skip)
+
+    def visit(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
+        if id(old) in done or new is None or not isinstance(old, keras.layers.Layer):
+            return
+        done.add(id(old))
+        yield old, new
+        held = {id(a): b for a, b in paired_children(old, new)}
+        for _, child, _ in children(old):
+            mate = pairs[id(child)][1] if id(child) in pairs else held.get(id(child))
+            yield from visit(child, mate)
+
+    # A model comes after its layers in the order of copying.
+    for old, new in reversed(list(pairs.values())):
+        yield from visit(old, new)
+
+
+def paired_variables(old: Any, new: Any) -> Iterator[tuple[Any, Any]]:
+    """The variables of two layers of one class, those of inner layers left out."""
+    ours, theirs = own_variables(old), own_variables(new)
+    if len(ours) != len(theirs):
+        if not ours:
+            return  # never built; nothing learnt
+        raise RewriteError(
+            f"the copy of {old.name!r} has another number of weights",
+            got=len(theirs),
+            expected=f"{len(ours)}",
+            fix="Give its class a `build` that creates them, or call the model once",
+        )
+    names = [v.name for v in ours]
+    if len(set(names)) == len(names) and {v.name for v in theirs} == set(names):
+        by_name = {v.name: v for v in theirs}
+        yield from ((v, by_name[v.name]) for v in ours)
+    else:
+        yield from zip(ours, theirs, strict=True)
+
+
+def assign(new: Any, old: Any) -> None:
+    """Gives a variable the value of another, in memory of its own: training on JAX
+    donates the buffers of the variables it updates."""
+    new.assign(keras.ops.copy(old.value))
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """Variables the layer holds itself, random state included."""
+    seeds = [g.state for g in layer._seed_generators]
+    return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
+
+
+def variable_map(pairs: Pairs, skip: set[int] = frozenset()) -> dict[int, Any]:  # type: ignore
+    """`id(old variable) -> new variable` over all paired layers."""
+    return {
+        id(v): w
+        for old, new in paired_layers(pairs, skip)
+        for v, w in paired_variables(old, new)
+    }
+
+
+def copy_compile_state(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None:
+    """Compiles the new model like the old one and carries optimizer slots over.
+
+    Slots follow their variables; a variable that is new starts with fresh ones.
+    """
+    if not getattr(old, "compiled", False):
+        return
+    arguments = _compile_arguments(old)
+    if arguments is None:
+        return
+    new.compile(**arguments)
+    if old.optimizer is not None and old.optimizer.built:
+        new.optimizer.build(new.trainable_variables)
+        _copy_slots(old.optimizer, new.optimizer, variable_map(pairs, skip))
+
+
+def _compile_arguments(model: Any) -> dict[str, Any] | None:
+    config = model.get_compile_config()
+    raw = getattr(model, "_compile_config", None)
+    raw = dict(raw.config) if raw is not None else {}
+    if not config:
+        return None
+
+    def fresh(name: str, value: Any) -> Any:
+        """A copy through its config; what has none (a plain function) as it is."""
+        try:
+            return keras.saving.deserialize_keras_object(value)
+        except Exception:
+            return raw.get(name)
+
+    with keras.saving.custom_object_scope(_classes_of(raw)):
+        return {name: fresh(name, value) for name, value in config.items()}
+
+
+def _classes_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for value in keras.tree.flatten(dict(raw)):
+        cls = value if callable(value) and hasattr(value, "__name__") else type(value)
+        if not cls.__module__.startswith(("keras.", "builtins")):
+            found[cls.__name__] = cls
+            found[keras.saving.get_registered_name(cls)] = cls
+    return found
+
+
+def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:
+    """Copies an optimizer's state: lists of one entry per trainable variable follow
+    the variables, single variables are copied, inner optimizers are visited."""
+    ours, theirs = old._trainable_variables, new._trainable_variables
+    place = {id(w): k for k, w in enumerate(theirs)}
+    where = [place.get(id(mates.get(id(v)))) for v in ours]
+    for name, value in vars(old).items():
+        mine = getattr(new, name, None)
+        if name in ("_trainable_variables", "_variables") or mine is None:
+            continue
+        if isinstance(value, keras.Variable):
+            assign(mine, value)
+        elif isinstance(value, keras.optimizers.Optimizer):
+            _copy_slots(value, mine, mates)
+        elif isinstance(value, list) and len(value) == len(ours):
+            for slot, k in zip(value, where, strict=True):
+                if k is not None and isinstance(slot, keras.Variable):
+                    if slot.shape == mine[k].shape:
+                        assign(mine[k], slot)
+    if isinstance(getattr(old, "_learning_rate", None), keras.Variable):
+        assign(new._learning_rate, old._learning_rate)
+    if not ours:
+        warnings.warn(
+            "The optimizer held no variables; it starts afresh.", stacklevel=3
+        )

@@ -1,0 +1,21 @@
+"""Change the normalization of a trained Keras model without losing what it learned.
+
+new = kerasnorm.rewrite("model.h5", "gn", data=x, fit="refit")
+"""
+
+from kerasnorm import compat as _compat  # noqa: F401 - registers foreign layers
+from kerasnorm.errors import KerasNormError as KerasNormError
+from kerasnorm.export import export as export
+from kerasnorm.method import Method as Method
+from kerasnorm.method import declare as declare
+from kerasnorm.method import methods as methods
+from kerasnorm.normalization import Normalization as Normalization
+from kerasnorm.swap.apply import rewrite as rewrite
+from kerasnorm.swap.plan import Plan as Plan
+from kerasnorm.swap.plan import plan as plan
+from kerasnorm.swap.report import Report as Report
+from rewriters.errors import RewriteError as RewriteError
+from rewriters.formats import load as load
+
+
+__version__ = "0.1.0"

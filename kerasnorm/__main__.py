@@ -1,0 +1,9 @@
+"""`python -m kerasnorm` is the command line."""
+
+import sys
+
+from kerasnorm.cli import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

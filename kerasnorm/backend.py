@@ -1,0 +1,309 @@
+"""The one place with backend-specific code: custom gradients and fused kernels.
+
+Everything here has a neutral meaning; what changes with the backend is only how fast
+it is, and how a gradient is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+
+Tensor = Any
+
+
+def custom_gradient(f: Callable) -> Callable:
+    """Gives a function of tensors a gradient in closed form.
+
+    Args:
+        f: `f(*tensors) -> (outputs, backward)`, where `backward(*gradients)` takes one
+            gradient per output and returns one per input. Both are made of
+            differentiable operations, so that second derivatives follow.
+
+    Returns:
+        A function of the same tensors that returns `outputs`.
+    """
+
+    def wrapped(*tensors):
+        outputs, backward = f(*tensors)
+
+        def grad(*args, upstream=None):
+            # TensorFlow passes the gradients one by one, JAX as one tuple, torch
+            # by keyword after the inputs.
+            gradients = args if upstream is None else (upstream,)
+            if len(gradients) == 1 and isinstance(gradients[0], (tuple, list)):
+                gradients = tuple(gradients[0])
+            result = backward(*gradients)
+            return result if len(result) > 1 else result[0]
+
+        return outputs, grad
+
+    return ops.custom_gradient(wrapped)
+
+
+def vjp(
+    f: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """Output of `f(*inputs)` and the gradients of `sum(output * upstream)` with
+    respect to each input; `upstream` is ones where it is None."""
+    inputs = [ops.convert_to_tensor(v) for v in inputs]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = f(*inputs)
+        return outputs, tape.gradient(
+            outputs,
+            inputs,
+            output_gradients=upstream,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+    if keras.backend.backend() == "jax":
+        import jax
+
+        outputs, pull = jax.vjp(f, *inputs)
+        return outputs, list(
+            pull(ops.ones_like(outputs) if upstream is None else upstream)
+        )
+    raise NotImplementedError(
+        f"gradients on the {keras.backend.backend()!r} backend; "
+        "kerasnorm supports 'tensorflow' and 'jax'"
+    )
+
+
+def compiled(f: Callable, jit: bool = True, shape: Sequence | None = None) -> Callable:
+    """`f(x)` as one compiled graph.
+
+    Args:
+        f: function of one tensor.
+        jit: through XLA; otherwise TensorFlow's plain graph, and JAX's eager mode.
+        shape: shape to trace for, None where dynamic. JAX knows static shapes alone
+            and ignores it.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def once(x):
+            return f(x)
+
+        if shape is None:
+            return tf.function(once, jit_compile=jit)
+        made: dict[Any, Callable] = {}
+
+        def call(x):
+            x = tf.convert_to_tensor(x)
+            if x.dtype not in made:
+                spec = tf.TensorSpec(shape, x.dtype)
+                made[x.dtype] = tf.function(once, [spec], jit_compile=jit)
+            return made[x.dtype](x)
+
+        return call
+    if keras.backend.backend() == "jax" and jit:
+        import jax
+
+        return jax.jit(f)
+    return f
+
+
+@functools.cache
+def _on_cpu() -> bool:
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.config.list_physical_devices("GPU")
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.default_backend() == "cpu"
+    return False
+
+
+def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over the last axis of `(rows, columns)`, of `x * weights` where given.
+
+    On a CPU a matrix product is the fastest under XLA, and wherever there are weights,
+    which it takes along. Elsewhere it may run in reduced precision (TF32, bfloat16), so
+    it is not used there.
+    """
+    columns = x.shape[-1]
+    if _on_cpu() and (weights is not None or _under_xla()):
+        if weights is None:
+            weights = ops.ones((columns,), x.dtype)
+        return ops.matmul(x, ops.reshape(weights / columns, (columns, 1)))
+    return ops.mean(x if weights is None else x * weights, axis=-1, keepdims=True)
+
+
+def row_mean_square(x: Tensor) -> Tensor:
+    """Mean over the last axis of `(rows, columns)` of `x**2`."""
+    if _on_cpu() and _under_xla():
+        return row_mean(ops.square(x))
+    return mean_square(x, (1,), float(x.shape[-1]))
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """Sum over the first axis of `(rows, columns)`."""
+    if _on_cpu():
+        ones = ops.ones((1, ops.shape(x)[0]), x.dtype)
+        return ops.reshape(ops.matmul(ones, x), (x.shape[-1],))
+    return ops.sum(x, axis=0)
+
+
+def replicas() -> int:
+    """Number of replicas that each run this code on their own part of the batch.
+
+    On TensorFlow, those of the `tf.distribute` strategy in whose replica context the
+    call is made. On JAX always 1: there a program sees the whole batch, and the
+    compiler inserts the communication that its sharding asks for.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def sum_over_replicas(x: Tensor) -> Tensor:
+    """Sum of the tensors of all replicas, the same on each; differentiable."""
+    if replicas() == 1:
+        return x
+    import tensorflow as tf
+
+    return tf.distribute.get_replica_context().all_reduce("SUM", x)
+
+
+def fused_batch_normalization(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    epsilon: float,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Batch normalization of `(rows, positions, channels)` in one kernel.
+
+    Args:
+        x: float32 tensor.
+        gamma, beta: `(channels,)`.
+        epsilon: added to the variance.
+        mean, variance: moving statistics for inference; batch statistics are
+            computed where they are None.
+
+    Returns:
+        The output, the mean and the biased variance used; None where there is no such
+        kernel. TensorFlow alone has one, in float32. Under XLA it is not used: there
+        it is lowered to E[x**2] - E[x]**2, which loses all digits once the mean is
+        large beside the standard deviation (measured: NaN at 1000 to 1).
+    """
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    # cuDNN asks for an epsilon of at least 1e-5.
+    if x.dtype != tf.float32 or _under_xla() or (not _on_cpu() and epsilon < 1.001e-5):
+        return None
+    given = mean is not None
+    if given and x.shape[1] == 1:  # vectors: the kernel costs more than it saves
+        return None
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=ops.expand_dims(x, 2),
+        scale=gamma,
+        offset=beta,
+        mean=mean if given else tf.zeros((0,)),
+        variance=variance if given else tf.zeros((0,)),
+        epsilon=epsilon,
+        is_training=not given,
+    )
+    if not given:
+        # The kernel reports the unbiased variance; Keras's moving one is biased.
+        shape: Any = tf.shape(x)
+        n = tf.cast(shape[0] * shape[1], tf.float32)
+        variance = variance * (tf.maximum(n - 1.0, 1.0) / n)
+    return tf.squeeze(y, 2), mean, variance
+
+
+def squared_difference(x: Tensor, y: Tensor) -> Tensor:
+    """`(x - y)**2` in one pass over `x`."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.math.squared_difference(x, y)
+    return ops.square(x - y)
+
+
+def mean_square(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
+    """`sum(x**2) / n` over `axes`, kept with size 1, without a tensor of squares."""
+
+    def kernel(x):
+        if keras.backend.backend() == "tensorflow" and not _under_xla():
+            import tensorflow as tf
+
+            # Its own gradient is NaN where everything is 0.
+            result = tf.square(tf.math.reduce_euclidean_norm(x, axes, keepdims=True))
+        else:
+            result = ops.sum(ops.square(x), axes, keepdims=True)
+        return result / n, lambda upstream: (x * (upstream * 2 / n),)
+
+    return custom_gradient(kernel)(x)
+
+
+def _under_xla() -> bool:
+    """Whether XLA compiles what is being traced; when in doubt, True."""
+    if keras.backend.backend() != "tensorflow":
+        return keras.backend.backend() == "jax"
+    import tensorflow as tf
+
+    try:
+        from tensorflow.python.ops import control_flow_util
+    except ImportError:
+        return True
+    graph = tf.compat.v1.get_default_graph()
+    return bool(
+        tf.config.optimizer.get_jit()
+        or control_flow_util.GraphOrParentsInXlaContext(graph)
+    )
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Context in which float64 is float64, for tests.
+
+    JAX needs to be told, and Keras on JAX turns every float64 result into float32 by a
+    table of its own, which is lifted meanwhile.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+    from keras.src.backend.common import dtypes
+
+    enable = getattr(jax, "enable_x64", None)
+    if enable is None:
+        # Where it was before it became a name of jax itself.
+        enable = importlib.import_module("jax.experimental").enable_x64
+    table = dtypes.BIT64_TO_BIT32_DTYPE
+    narrowed = table["float64"]
+    table["float64"] = "float64"
+    try:
+        with enable(True):
+            yield
+    finally:
+        table["float64"] = narrowed
+
+
+def traced(f: Callable) -> Callable:
+    """`f` compiled where running it operation by operation is slow: on JAX, which
+    compiles every operation by itself."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(f)
+    return f

@@ -1,0 +1,114 @@
+"""Synchronized batch normalization."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+from keras import ops
+
+from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
+from kerasnorm.layers.batch import BatchNormalization
+from kerasnorm.method import Case, declare
+
+
+@keras.saving.register_keras_serializable("kerasnorm")
+class SynchronizedBatchNormalization(BatchNormalization):
+    r"""Batch normalization with statistics over the batches of all replicas.
+
+    The same function as batch normalization of the whole batch, however many devices
+    it is spread over:
+
+        n, sum(x)                     summed over replicas:  mean
+        sum((x - mean)**2)            summed over replicas:  variance
+
+    On TensorFlow the replicas are those of a `tf.distribute` strategy. On JAX a
+    program sees the whole batch whatever its sharding, so that every batch
+    normalization is synchronized, and this one is as the others. On one device it is
+    batch normalization.
+
+    Papers: Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167; synchronized:
+    Peng et al., 2017, https://arxiv.org/abs/1711.07240
+
+    Args:
+        **kwargs: those of `BatchNormalization`.
+
+    Call arguments:
+        inputs: any shape of rank 2 or more.
+        training: batch statistics (True) or moving ones.
+        mask: boolean, the leading axes of the input; masked positions do not count.
+    """
+
+    def normalize(self, x, mask, training):
+        if not (training and self.trainable) or backend.replicas() == 1:
+            return super().normalize(x, mask, training)
+        valid = ops.ones_like(x[:, :, :1], "bool") if mask is None else mask
+        zero = ops.zeros((), x.dtype)
+
+        def total(v):
+            return backend.sum_over_replicas(ops.sum(v, (0, 1)))
+
+        weight = ops.broadcast_to(ops.cast(valid, x.dtype), ops.shape(x))
+        count = total(weight)
+        n = ops.maximum(count, 1)
+        mean = total(ops.where(valid, x, zero)) / n
+        variance = total(ops.where(valid, ops.square(x - mean), zero)) / n
+        moving = tuple(
+            ops.cast(v, x.dtype) for v in (self.moving_mean, self.moving_variance)
+        )
+        self._update(moving, mean, variance, ops.cast(count > 0, x.dtype))
+        inverse = numerics.inverse_root(variance, self.epsilon)
+        return numerics.scale_shift(x, mean, inverse, *self.affine(x.dtype))
+
+
+@oracles.flat
+def oracle(x, keep, weights, config, training):
+    mean, var = weights["moving_mean"], weights["moving_variance"]
+    if training:
+        mean, var = oracles.moments(x, keep, (0, 1))
+    y = (x - mean) / np.sqrt(var + config.get("epsilon", 1e-3))
+    return oracles.affine(y, weights)
+
+
+def adopt(source, site, options):
+    return moving_statistics.adopt_running(
+        SynchronizedBatchNormalization, source, site, options
+    )
+
+
+declare(
+    SynchronizedBatchNormalization,
+    name="sync",
+    title="Synchronized batch normalization",
+    aliases=("sbn", "synchronized"),
+    family="batch",
+    paper="Peng et al., 2017, arXiv:1711.07240",
+    invariance="filter",
+    oracle=oracle,
+    reads={
+        SynchronizedBatchNormalization: adoption.reader(
+            "sync", "momentum", mean="moving_mean", variance="moving_variance"
+        )
+    },
+    adopt=adopt,
+    carry=moving_statistics.carry_running,
+    cases=(
+        Case({}, (16, 6)),
+        Case({"epsilon": 1e-5}, (5, 7, 4), masked=True),
+        Case({"scale": False, "axis": 1}, (4, 3, 5, 6)),
+        Case({"center": False}, (3, 2, 4, 3, 5)),
+    ),
+    claims={
+        "batch_independent": False,
+        "scale_invariant": True,
+        "channel_scale_invariant": True,
+        "shift_invariant": True,
+        "sign_equivariant": True,
+        "unit_output_scale": True,
+        "zero_output_mean": True,
+        "train_equals_inference": False,
+        "idempotent": True,
+        "weight_scale_invariant": True,
+        "gradient_orthogonal_to_input": True,
+        "bounded_jacobian": False,
+    },
+)

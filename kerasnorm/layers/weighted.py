@@ -1,0 +1,231 @@
+"""Weighted normalization."""
+
+from __future__ import annotations
+
+import itertools
+
+import keras
+import numpy as np
+from keras import ops
+
+from kerasnorm import adoption, numerics
+from kerasnorm.errors import KerasNormError
+from kerasnorm.layers.group import nearest
+from kerasnorm.method import Case, Reason, Refusal, declare
+from kerasnorm.normalization import Normalization
+
+
+@keras.saving.register_keras_serializable("kerasnorm")
+class WeightedNormalization(Normalization):
+    r"""Divides by a learned pool of neighbours: a group of channels, and a surround.
+
+        y_c = gamma_c * x_c / sqrt(pool_c + bias_c + epsilon) + beta_c
+        pool_c = sum_{k in group of c} center_kc * x_k**2           at the same position
+               + sum_{positions p around} surround_pc * x_c(p)**2      the same channel
+
+    The surround are the neighbours along every axis of positions, diagonal ones too,
+    `dilation` apart (8 on images); beyond the borders there are zeros. All weights of
+    the pool stay non-negative and start equal and summing to 1: 1/16 on images with
+    groups of 8. The authors also keep gamma non-negative, which a trained
+    normalization need not be; `gamma_constraint="non_neg"` does so.
+
+    Paper: Pan, Giraldo and Schwartz, 2021, https://doi.org/10.1101/2021.05.20.445029
+
+    Args:
+        group_size: channels in a group; divides the channels. Default 8.
+        surround: whether the pool has a surround. Default True.
+        dilation: distance of the surround in positions. Default 1.
+        axis: integer, axis of the channels. Default -1.
+        epsilon: added to the pool. Default 1e-6.
+        center, scale: whether to use `beta` and `gamma`, one value per channel.
+        **kwargs: see `kerasnorm.Normalization`.
+
+    Call arguments:
+        inputs: any shape of rank 2 or more.
+        mask: boolean, the leading axes of the input; masked positions do not count.
+
+    Raises:
+        KerasNormError: `group_size` does not divide the channels.
+    """
+
+    def __init__(
+        self,
+        group_size=8,
+        surround=True,
+        dilation=1,
+        axis=-1,
+        epsilon=1e-6,
+        center=True,
+        scale=True,
+        **kwargs,
+    ):
+        super().__init__(axis, epsilon, center, scale, **kwargs)
+        self.group_size = group_size
+        self.surround = surround
+        self.dilation = dilation
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        channels = input_shape[self.axis]
+        size = self.group_size
+        if channels % size:
+            raise KerasNormError(
+                "the group size does not divide the channels",
+                got=f"group_size={size} for {channels} channels",
+                fix=f"The nearest size that does is {nearest(size, channels)}.",
+            )
+        around = 3 ** (len(input_shape) - 2) - 1 if self.surround else 0
+        pool = {
+            "initializer": keras.initializers.Constant(1 / (size + around)),
+            "constraint": "non_neg",
+        }
+        self.center_pool = self.channel_weight("center", (size, channels), **pool)
+        self.surround_pool = None
+        if around:
+            self.surround_pool = self.channel_weight(
+                "surround", (around, channels), **pool
+            )
+        pool["initializer"] = keras.initializers.Constant(1e-6)
+        self.bias = self.channel_weight("pool_bias", (channels,), **pool)
+
+    def call(self, inputs, training=None, mask=None):
+        x, mask, back = numerics.channels_last(
+            ops.cast(inputs, self.statistics_dtype), self._axes(inputs.shape)[0], mask
+        )
+        if mask is not None:
+            x = ops.where(mask, x, ops.zeros_like(x))
+        square = ops.square(x)
+        size, channels = self.center_pool.shape
+        lead = ops.shape(x)[:-1]
+        groups = ops.reshape(square, (*lead, channels // size, size))
+        center = ops.reshape(
+            ops.cast(self.center_pool, x.dtype), (size, channels // size, size)
+        )
+        # Group g, member k, channel c of the group: (..., g, k) x (k, g, c).
+        pool = ops.einsum("...gk,kgc->...gc", groups, center)
+        pool = ops.reshape(pool, (*lead, channels)) + ops.cast(self.bias, x.dtype)
+        if self.surround_pool is not None:
+            pool = pool + self._around(square)
+        inverse = numerics.inverse_root(pool, self.epsilon)
+        y = numerics.scale_shift(x, None, inverse, *self.affine(x.dtype))
+        return ops.cast(back(y), self.compute_dtype)
+
+    def _around(self, square):
+        d, axes = self.dilation, len(square.shape) - 2
+        padded = ops.pad(square, [(0, 0), *[(d, d)] * axes, (0, 0)])
+        cut = {-1: slice(None, -2 * d), 0: slice(d, -d), 1: slice(2 * d, None)}
+        weights = ops.cast(self.surround_pool, square.dtype)
+        total = 0.0
+        for k, step in enumerate(_steps(axes)):
+            total += weights[k] * padded[(slice(None), *(cut[s] for s in step))]
+        return total
+
+
+def _steps(axes: int) -> list[tuple[int, ...]]:
+    return [s for s in itertools.product((-1, 0, 1), repeat=axes) if any(s)]
+
+
+def oracle(x, weights, config, training, mask):
+    x = np.moveaxis(x, config.get("axis", -1), -1)
+    if mask is not None:
+        x = x * mask.reshape(*mask.shape, 1)
+    size, d = config.get("group_size", 8), config.get("dilation", 1)
+    pool = np.zeros_like(x) + weights["pool_bias"] + config.get("epsilon", 1e-6)
+    for c in range(x.shape[-1]):
+        first = c // size * size
+        for k in range(size):
+            pool[..., c] += weights["center"][k, c] * x[..., first + k] ** 2
+    if "surround" in weights:
+        positions = list(np.ndindex(x.shape[1:-1]))
+        steps = [np.array(s) - 1 for s in np.ndindex((3,) * (x.ndim - 2))]
+        steps = [s for s in steps if s.any()]
+        for here in positions:
+            for weight, step in zip(weights["surround"], steps, strict=True):
+                there = tuple(int(v) for v in np.array(here) + d * step)
+                if there in positions:
+                    pool[:, *here] += weight * x[:, *there] ** 2
+    y = x / np.sqrt(pool)
+    y = y * weights.get("gamma", 1.0) + weights.get("beta", 0.0)
+    return np.moveaxis(y, -1, config.get("axis", -1))
+
+
+def adopt(source, site, options):
+    if source.method == "weighted":
+        return adoption.already("weighted normalization")
+    channels = adoption.channels(source, site)
+    if channels is None:
+        return Refusal(Reason.NO_GRAPH, "the number of channels is not known")
+    size = options.arguments.get("group_size")
+    if size is None:
+        size = max(d for d in range(1, 9) if channels % d == 0)
+    elif channels % size:
+        return Refusal(
+            Reason.GROUPS,
+            f"groups of {size} for {channels} channels",
+            f"group_size={nearest(size, channels)}",
+        )
+    vectors = any(len(shape) == 2 for shape in adoption.shapes(site))
+    if size == 1 and vectors and not options.force:
+        return Refusal(
+            Reason.DEGENERATE,
+            f"each of {channels} channels would be divided by itself alone",
+            "layer",
+        )
+    return adoption.adopt_fresh(
+        WeightedNormalization, source, site, options, group_size=size, epsilon=1e-6
+    )
+
+
+def read_own(layer):
+    return adoption.describe(layer, "weighted")
+
+
+def check_starts_with_equal_weights():
+    layer = WeightedNormalization()
+    layer.build((None, 6, 6, 16))
+    for pool in (layer.center_pool, layer.surround_pool):
+        np.testing.assert_array_equal(ops.convert_to_numpy(pool), 1 / 16)
+    layer = WeightedNormalization(surround=False)
+    layer.build((None, 6, 6, 16))
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer.center_pool), 1 / 8)
+
+
+def check_groups_must_divide():
+    with np.testing.assert_raises_regex(KerasNormError, "nearest .* is 6"):
+        WeightedNormalization().build((None, 12))
+
+
+declare(
+    WeightedNormalization,
+    name="weighted",
+    family="sample",
+    paper="Pan, Giraldo and Schwartz, 2021, doi:10.1101/2021.05.20.445029",
+    invariance="none",
+    oracle=oracle,
+    reads={WeightedNormalization: read_own},
+    adopt=adopt,
+    carry=adoption.carry_affine,
+    cases=(
+        Case({"group_size": 3}, (4, 6)),
+        Case({"group_size": 2}, (3, 7, 4), masked=True),
+        Case({"center": False}, (2, 5, 4, 8)),
+        Case({"group_size": 2, "axis": 1, "dilation": 2}, (2, 4, 5, 4)),
+        Case({"group_size": 2, "surround": False, "scale": False}, (2, 3, 3, 4)),
+        Case({"group_size": 3}, (2, 3, 2, 4, 3)),
+    ),
+    claims={
+        "batch_independent": True,
+        "scale_invariant": False,  # the bias of the pool
+        "channel_scale_invariant": False,
+        "shift_invariant": False,
+        "sign_equivariant": True,
+        "unit_output_scale": False,
+        "zero_output_mean": False,
+        "train_equals_inference": True,
+        "idempotent": False,
+        "weight_scale_invariant": False,
+        "gradient_orthogonal_to_input": False,
+        "bounded_jacobian": False,
+    },
+    checks=(check_starts_with_equal_weights, check_groups_must_divide),
+)

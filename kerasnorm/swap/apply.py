@@ -1,0 +1,282 @@
+"""`rewrite`: load -> sites -> plan -> apply -> fit -> report -> save."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from kerasnorm.errors import KerasNormError
+from kerasnorm.method import Method, get, read
+from kerasnorm.swap.plan import Plan, opened, plan
+from kerasnorm.swap.report import Report
+from rewriters.compare import Comparison, compare, random_inputs
+from rewriters.edit import Edited, edit
+from rewriters.graph import Site, SiteMap
+
+
+FITS = ("affine", "refit", "distill")
+
+# An exact step may differ by float32 rounding through a deep model, no more.
+TOLERANCE = 1e-4
+TOLERANCE_FLOAT16 = 1e-2
+
+
+def rewrite(
+    model: Any,
+    method: str | Method | Plan | None = None,
+    *,
+    weights: str | Method | None = None,
+    data: Any = None,
+    fit: str | None = None,
+    where: str | Callable[[Site], bool] | None = None,
+    groups: int | str | None = None,
+    layers: str = "auto",
+    force: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    return_report: bool = False,
+    custom_objects: Mapping[str, Any] | None = None,
+    fit_options: Mapping[str, Any] | None = None,
+    verbose: bool | int = True,
+    **arguments: Any,
+) -> Any:
+    """A new model with its normalization layers swapped.
+
+    The original is untouched. Names, `trainable` flags, dtype policies, shared and
+    nested layers, the compiled state and optimizer slots are kept. Where all steps are
+    exact, the outputs of both models are compared on random inputs.
+
+    Args:
+        model: a Keras model of any kind, or the path of a saved one.
+        method: name or alias of the target method, or a `Plan`; None where `weights`
+            says all.
+        weights: name or alias of a weight method for all kernels, such as `"wn"`; the
+            normalization layers stay, or follow `method`.
+        data: unlabelled inputs for the fit: arrays, a list or dict of arrays, a
+            `tf.data.Dataset`, a `PyDataset` or a generator; labels are ignored.
+        fit: `"affine"` (seconds; a few hundred samples), `"refit"` (also the linear
+            layers), `"distill"` (also trains on the original's outputs), or None to
+            carry gamma and beta over only. Without `data`, None; with it, `"affine"`
+            by default.
+        where, groups, layers, force, **arguments: see `plan`.
+        out: where to save the new model; never over the input.
+        return_report: also return the `Report`.
+        custom_objects: passed on to `load`.
+        fit_options: further arguments of the fit, such as `samples`, `epochs`,
+            `batch_size`, `memory`, `seed`.
+        verbose: False for no progress bar.
+
+    Returns:
+        The new `keras.Model`, or `(model, report)`.
+
+    Raises:
+        KerasNormError: bad arguments or data, before any work; an exact step that
+            turned out not to be.
+        RewriteError: a file that cannot be read, a model that cannot be rebuilt.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4),
+    ...                           keras.layers.BatchNormalization()])
+    >>> kerasnorm.rewrite(model, "none").layers[-1].name
+    'dense'
+    """
+    started = time.perf_counter()
+    source = model if _is_path(model) else None
+    _check(method, weights, data, fit, out, source)
+    model = opened(model, custom_objects)
+    site_map = SiteMap(model)
+    if not isinstance(method, Plan):
+        method = plan(
+            model,
+            method,
+            weights=weights,
+            where=where,
+            groups=groups,
+            layers=layers,
+            force=force,
+            site_map=site_map,
+            **arguments,
+        )
+    if fit is None and data is not None and not method.exact:
+        fit = "affine"
+    edited = apply(model, method, site_map=site_map)
+    compared, fitted = None, None
+    if fit is not None and method.steps:
+        fitted = _fit(model, edited, method, site_map, data, fit, fit_options, verbose)
+    elif method.exact:
+        compared = verify(model, edited.model, method)
+    report = Report(
+        plan=method,
+        fit=fitted,
+        comparison=compared,
+        seconds=time.perf_counter() - started,
+        parameters=(model.count_params(), edited.model.count_params())
+        if model.built
+        else None,
+    )
+    if out is not None:
+        from rewriters.saving import save
+
+        save(edited.model, out, inputs=() if source is None else (source,))
+    return (edited.model, report) if return_report else edited.model
+
+
+def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
+    """Carries a plan out on a model: the new model, with weights carried over.
+
+    Args:
+        model: the model the plan was made for, or one of the same architecture.
+        plan: from `plan`, or `Plan.from_json`.
+
+    Raises:
+        KerasNormError: a layer of the plan is not in this model.
+    """
+    site_map = site_map or SiteMap(model)
+    paths = [e.path for s in plan.steps for e in s.edits]
+    missing = [p for p in paths if p not in site_map.by_path]
+    if missing:
+        raise KerasNormError(
+            f"the plan is for another model ({plan.model!r})",
+            got=f"no layer at {', '.join(map(repr, missing[:5]))}",
+            expected=f"a layer at each of its {len(paths)} paths",
+        )
+    layers = {
+        e.path: e.layer and keras.saving.deserialize_keras_object(dict(e.layer))
+        for s in plan.steps
+        for e in s.edits
+    }
+    drops = {e.path: e.drops for s in plan.steps for e in s.edits}
+    edited = edit(model, layers, drops=drops, site_map=site_map)
+    for step in plan.steps:
+        held = {
+            e.path: (old, edited.new(old))
+            for e in step.edits
+            for old in [site_map[e.path].layer]
+        }
+        carry(get(step.method), read(site_map[step.path].layer), held)
+    return edited
+
+
+def carry(method: Method, source: Any, layers: Mapping[str, tuple[Any, Any]]) -> None:
+    """Sets the weights of new layers from what the old normalization had learnt."""
+    if method.carry is not None:
+        method.carry(source, layers)
+        return
+    for _, new in layers.values():
+        for variable in new.variables if new is not None else ():
+            value = source.weights.get(_CANONICAL.get(variable.name, variable.name))
+            if value is not None and np.size(value) == np.prod(variable.shape):
+                variable.assign(np.reshape(value, variable.shape))
+
+
+_CANONICAL = {
+    "scale": "gamma",
+    "moving_mean": "mean",
+    "moving_variance": "variance",
+}
+
+
+def verify(model: Any, new: Any, plan: Plan) -> Comparison | None:
+    """Compares the outputs of an exact rewrite on random inputs.
+
+    Returns:
+        The comparison; None where no random input suits the model.
+
+    Raises:
+        KerasNormError: they differ by more than rounding.
+    """
+    try:
+        x = random_inputs(model)
+        result = compare(model, new, x)
+    except Exception:
+        # Inputs of a kind of their own (strings, graphs, ragged): nothing to show.
+        return None
+    half = any("16" in x.compute_dtype for x in model._flatten_layers())
+    limit = TOLERANCE_FLOAT16 if half else TOLERANCE
+    if plan.steps and result.finite and not result.relative <= limit:
+        raise KerasNormError(
+            f"the rewrite to {plan.method!r} should be exact and is not",
+            got=f"relative difference {result.relative:.2e} on random inputs",
+            expected=f"at most {limit:g}",
+            fix="Leave out steps with `where`, and report this model.",
+        )
+    return result
+
+
+def _fit(
+    model: Any,
+    edited: Edited,
+    plan: Plan,
+    site_map: SiteMap,
+    data: Any,
+    method: str,
+    options: Mapping[str, Any] | None,
+    verbose: bool | int,
+) -> Any:
+    from kerasnorm.swap.fit import fit
+
+    pairs = [
+        (step.path, old, new)
+        for step in plan.steps
+        for old in [site_map[step.path].layer]
+        if read(old) is not None and (new := edited.new(old)) is not None
+    ]
+    return fit(
+        model,
+        edited.model,
+        pairs,
+        data,
+        method,
+        groups=plan.groups,
+        verbose=verbose,
+        **(options or {}),
+    )
+
+
+def _is_path(model: Any) -> bool:
+    return isinstance(model, str) or hasattr(model, "__fspath__")
+
+
+def _check(
+    method: Any, weights: Any, data: Any, fit: Any, out: Any, source: Any
+) -> None:
+    """Everything that can be known to be wrong before any work."""
+    if isinstance(method, Plan) and weights is not None:
+        raise KerasNormError(
+            "a plan says already what becomes of the weights",
+            got=f"weights={weights!r}",
+        )
+    for name in (method, weights):
+        if name is not None and not isinstance(name, Plan):
+            get(name)
+    if fit not in (None, *FITS):
+        raise KerasNormError(
+            "unknown fit", got=repr(fit), expected=f"None or one of {', '.join(FITS)}"
+        )
+    if fit is not None and data is None:
+        raise KerasNormError(
+            f"fit={fit!r} needs data",
+            got="data=None",
+            fix="Pass some of the model's inputs, unlabelled, as `data`.",
+        )
+    if out is None:
+        return
+    if source is not None and os.path.realpath(out) == os.path.realpath(source):
+        raise KerasNormError(
+            "the output would overwrite the input",
+            got=os.fspath(out),
+            fix="Choose another path for `out`.",
+        )
+    folder = Path(out).resolve().parent
+    if not folder.is_dir():
+        raise KerasNormError(
+            "the folder to save in does not exist",
+            got=folder,
+            expected="an existing folder",
+        )

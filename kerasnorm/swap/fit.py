@@ -1,0 +1,155 @@
+"""Keeps what a model knew through a swap: fits the new layers to the old model.
+
+Teacher (the original) and student (the rewritten copy) are walked together, one
+instruction at a time over all samples, so a whole fit costs about one forward pass of
+each. At every swapped site the student's layer is solved in closed form on the
+student's own inputs, so that it also makes up for what earlier sites lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kerasnorm.errors import KerasNormError
+from kerasnorm.swap import data as reading
+from kerasnorm.swap.distill import distill
+from kerasnorm.swap.progress import Progress
+from kerasnorm.swap.walk import SiteFit, Walk
+
+
+# Samples that the closed-form part of each fit uses, at most.
+SAMPLES = {"affine": 1024, "refit": 2048, "distill": 2048}
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit did.
+
+    Args:
+        method: `"affine"`, `"refit"` or `"distill"`.
+        sites: one entry for each swapped layer.
+        refitted: paths of the linear layers that were solved anew.
+        samples: samples used by the closed-form part.
+        seconds: wall time of the whole fit.
+        history: losses by epoch (distill only).
+        notes: what the user should know, such as samples left out for memory.
+    """
+
+    method: str
+    sites: tuple[SiteFit, ...]
+    refitted: tuple[str, ...] = ()
+    samples: int = 0
+    seconds: float = 0.0
+    history: dict[str, list[float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def fit(
+    teacher: Any,
+    student: Any,
+    pairs: Sequence[tuple[str, Any, Any]],
+    data: Any,
+    method: str = "affine",
+    *,
+    groups: str | None = None,
+    samples: int | None = None,
+    batch_size: int = 32,
+    memory: float = 2e9,
+    epochs: int = 3,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    verbose: int | bool = True,
+) -> FitResult:
+    """Fits the new layers of a rewritten model to the original, without labels.
+
+    Args:
+        teacher: the original model; left as it is.
+        student: the rewritten model, fitted in place.
+        pairs: `(path, old layer, new layer)` for each swapped layer.
+        data: inputs, see `kerasnorm.swap.data.collect`; labels are ignored. Or what
+            `prepare` made of them.
+        method: `"affine"` solves gamma and beta of the new layers; `"refit"` also the
+            linear layers around them, towards the original's pre-activations;
+            `"distill"` starts with `"refit"` and then trains the student on the
+            original's outputs.
+        groups: `"auto"` also chooses the number of groups of each new layer that has
+            one, by the share of variance kept.
+        samples: samples for the closed-form part, spread evenly over the data; by
+            default at most 1024 for `"affine"`, 2048 otherwise.
+        batch_size: samples of one training step of `"distill"`.
+        memory: bytes that live activations, and the data, may take; samples are left
+            out to stay below, and the result says so.
+        epochs: passes over the data, of `"distill"`.
+        learning_rate: first learning rate of `"distill"`; decays to zero.
+        seed: of the sampled positions and of the order of training.
+        verbose: False for no progress bar.
+
+    Raises:
+        KerasNormError: unknown method; data that is empty, not finite or of the wrong
+            shape. Nothing has been changed then.
+    """
+    started = time.perf_counter()
+    inputs = prepare(teacher, data, method, samples=samples, memory=memory)
+    history, notes = {}, []
+    with Progress(verbose) as progress:
+        walk = Walk(
+            teacher,
+            student,
+            pairs,
+            inputs.spread(samples or SAMPLES[method]),
+            refit=method != "affine",
+            groups=groups,
+            memory=memory,
+            seed=seed,
+            tick=lambda share: progress.update("fitting", share),
+        )
+        walk.run()
+        if method == "distill":
+            history["loss"] = distill(
+                teacher,
+                student,
+                inputs,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                seed=seed,
+                tick=lambda share: progress.update("distilling", share),
+            )
+    if inputs.cut:
+        notes.append(f"the first {len(inputs)} samples were used, to save memory")
+    return FitResult(
+        method,
+        tuple(walk.sites.values()),
+        tuple(walk.refitted),
+        walk.samples,
+        time.perf_counter() - started,
+        history,
+        (*notes, *walk.notes),
+    )
+
+
+def prepare(
+    model: Any,
+    data: Any,
+    method: str = "affine",
+    *,
+    samples: int | None = None,
+    memory: float = 2e9,
+) -> reading.Inputs:
+    """Reads and checks the data of a fit, before any other work; arguments as `fit`.
+
+    Raises:
+        KerasNormError: unknown method; data that is empty, not finite or of the wrong
+            shape.
+    """
+    if method not in SAMPLES:
+        raise KerasNormError(
+            "unknown fit", got=repr(method), expected=f"one of {', '.join(SAMPLES)}"
+        )
+    if isinstance(data, reading.Inputs):
+        return data
+    limit = None if method == "distill" else samples or SAMPLES[method]
+    return reading.collect(model, data, limit, memory)

@@ -1,0 +1,195 @@
+"""What a rewrite did: a table, JSON, markdown, and plots."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kerasnorm.method import Fidelity
+from kerasnorm.swap.plan import Plan, Step
+from rewriters.compare import Comparison
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `rewrite` did.
+
+    Attributes:
+        plan: the steps and refusals.
+        fit: the `FitResult`, None where nothing was fitted.
+        comparison: outputs of old and new model compared, for exact rewrites.
+        seconds: wall time of the whole rewrite.
+        parameters: number of parameters before and after; None if not built.
+    """
+
+    plan: Plan
+    fit: Any = None
+    comparison: Comparison | None = None
+    seconds: float = 0.0
+    parameters: tuple[int, int] | None = None
+
+    @property
+    def rho_squared(self) -> dict[str, float]:
+        """Share of the old layer's variance kept, by path, for fitted steps."""
+        sites = self.fit.sites if self.fit is not None else ()
+        return {s.path: s.after for s in sites if not s.note}
+
+    def fidelity(self, step: Step) -> str:
+        """The step's fidelity, with the share of variance kept where it was fitted."""
+        kept = self.rho_squared.get(step.path)
+        if step.fidelity in (Fidelity.FRESH, Fidelity.FITTED) and kept is not None:
+            return f"{Fidelity.FITTED}, {kept:.3f} of variance kept"
+        return str(step.fidelity)
+
+    def summary(self) -> str:
+        """One paragraph: how many layers, how faithful, what stayed."""
+        plan = self.plan
+        text = f"{len(plan.steps)} of {len(plan.steps) + len(plan.refused)}"
+        lines = [f"{text} normalization layers of {plan.model!r} -> {plan.method}"]
+        if self.comparison is not None:
+            lines.append(
+                f"largest relative difference of the outputs on random inputs:"
+                f" {self.comparison.relative:.1e}"
+            )
+        if self.fit is not None:
+            kept = list(self.rho_squared.values())
+            lines.append(
+                f"fit {self.fit.method!r} on {self.fit.samples} samples in"
+                f" {self.fit.seconds:.1f} s"
+                + (
+                    f", variance kept {min(kept):.3f} to {max(kept):.3f}"
+                    if kept
+                    else ""
+                )
+            )
+            lines += self.fit.notes
+        if self.parameters is not None:
+            lines.append("parameters {:,} -> {:,}".format(*self.parameters))
+        return "; ".join(lines) + "."
+
+    def table(self) -> str:
+        """The report as a table for the terminal."""
+        if not self.plan.steps and not self.plan.refused:
+            return plan_table(self.plan)
+        return render(*self._rows()) + "\n" + self.summary()
+
+    def _rows(self) -> tuple[Sequence[str], list[Sequence[str]]]:
+        return plan_rows(self.plan, self.fidelity)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: the plan, the fit, the comparison, the summary."""
+        return {
+            "plan": asdict(self.plan),
+            "fit": None if self.fit is None else asdict(self.fit),
+            "comparison": self.comparison and self.comparison.to_dict(),
+            "seconds": self.seconds,
+            "parameters": self.parameters,
+            "summary": self.summary(),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, default=float)
+
+    def to_markdown(self) -> str:
+        """The report as a markdown table and its summary."""
+        return markdown(*self._rows()) + "\n" + self.summary() + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `.json`, `.md` or an image of `plot` (`.png`, `.svg`, `.pdf`), by
+        the ending of the path."""
+        ending = Path(path).suffix.lower()
+        if ending in (".png", ".svg", ".pdf"):
+            self.plot(path)
+            return
+        text = self.to_json() if ending == ".json" else self.to_markdown()
+        Path(path).write_text(text, encoding="utf-8")
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        accuracy: dict[str, float] | None = None,
+    ) -> Any:
+        """Draws the share of variance kept at each site, and accuracy kept.
+
+        Args:
+            path: where to save the figure; not saved when None.
+            accuracy: accuracies by name, `{"original": 0.9, "affine": 0.85}`, drawn
+                beside.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            KerasNormError: matplotlib is not installed (extra `plots`).
+        """
+        from kerasnorm.swap.plots import draw
+
+        return draw(self, path, accuracy)
+
+
+def plan_rows(
+    plan: Plan, fidelity: Any = None
+) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Header and rows of a plan's table."""
+    head = ("layer", "from", "to", "fidelity", "note")
+    rows: list[Sequence[str]] = [
+        (
+            s.path,
+            s.source,
+            s.layer,
+            fidelity(s) if fidelity else str(s.fidelity),
+            s.note,
+        )
+        for s in plan.steps
+    ]
+    rows += [
+        (
+            r.path,
+            r.source,
+            "stays",
+            str(r.reason),
+            r.detail + (f"; {r.instead}" if r.instead else ""),
+        )
+        for r in plan.refused
+    ]
+    return head, rows
+
+
+def plan_table(plan: Plan) -> str:
+    """A plan as text."""
+    if not plan.steps and not plan.refused:
+        return f"No normalization layer of {plan.model!r} matches; nothing to do."
+    total = len(plan.steps) + len(plan.refused)
+    end = f"{len(plan.steps)} of {total} layers -> {plan.method}"
+    return render(*plan_rows(plan)) + f"\n{end} ({plan.fidelity or 'nothing to do'})."
+
+
+def render(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for the terminal, as wide as the terminal allows."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    file = io.StringIO()
+    console = Console(file=file, width=max(100, Console().width))
+    console.print(table, markup=False)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = ([str(c).replace("|", "\\|") for c in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

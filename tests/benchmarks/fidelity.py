@@ -1,0 +1,125 @@
+"""How much of a trained model's accuracy each fit keeps, and at what cost.
+
+    python tests/benchmarks/fidelity.py [--markdown PATH] [--quick]
+
+A CIFAR-10 ResNet is trained once and cached; its batch normalization is swapped by
+`kerasnorm.rewrite` and fitted on unlabelled training images. Cost is the fit's time
+over that of `predict` on the same images by the original, measured just before.
+The pixels come from a JPEG copy of CIFAR-10, so they are slightly lossy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import common
+
+import kerasnorm
+
+
+SWAPS = {
+    "GN": {"method": "gn"},
+    "GN, groups auto": {"method": "gn", "groups": "auto"},
+    "LN": {"method": "ln"},
+}
+FITS = {
+    "none": (None, 0),
+    "affine": ("affine", 256),
+    "refit": ("refit", 2048),
+    "distill": ("distill", 10_000),
+}
+# Share of the original accuracy to reach, in percent.
+TARGETS = {
+    ("GN", "affine"): 90,
+    ("GN", "refit"): 95,
+    ("GN", "distill"): 99,
+    ("LN", "affine"): 95,
+    ("LN", "refit"): 97,
+    ("LN", "distill"): 100,
+}
+LIMITS = {"affine": 8, "refit": 20}  # forward passes
+
+
+def forward_seconds(model, x, repeats=3):
+    """Best wall time of `predict` over the images, after a first call."""
+    model.predict(x, batch_size=128, verbose=0)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        model.predict(x, batch_size=128, verbose=0)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def run(quick=False):
+    """One row per swap and fit: labels, accuracy, share kept, seconds, passes."""
+    model = common.trained_resnet()
+    (x, _), (x_test, y_test) = common.cifar10()
+    original = common.accuracy(model, x_test, y_test)
+    rows = []
+    for swap, arguments in SWAPS.items():
+        for fit, (method, images) in FITS.items():
+            if quick and fit == "distill":
+                continue
+            data = x[:images] if images else None
+            once = forward_seconds(model, data) if images else 0.0
+            new, report = kerasnorm.rewrite(
+                model,
+                data=data,
+                fit=method,
+                fit_options={"samples": min(images, 2048)} if images else None,
+                return_report=True,
+                **arguments,
+            )
+            kept = 100 * common.accuracy(new, x_test, y_test) / original
+            seconds = report.fit.seconds if report.fit else 0.0
+            passes = seconds / once if once else 0.0
+            rows.append(
+                (swap, fit, images, kept * original / 100, kept, seconds, passes)
+            )
+            print(*rows[-1], file=sys.stderr, flush=True)
+    return original, rows
+
+
+def table(original, rows):
+    """The rows as markdown."""
+    lines = [
+        f"Original accuracy {original:.2f} % = 100 %.",
+        "",
+        "| swap | fit | images | accuracy | kept | seconds | forward passes |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for swap, fit, images, accuracy, kept, seconds, passes in rows:
+        cost = f"{seconds:.1f} | {passes:.1f}" if images else "0 | 0"
+        lines.append(
+            f"| {swap} | {fit} | {images} | {accuracy:.2f} % | {kept:.1f} % | {cost} |"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(rows):
+    """What was to be reached and was not."""
+    missed = []
+    for swap, fit, _, _, kept, _, passes in rows:
+        target = TARGETS.get((swap.split(",")[0], fit))
+        if target is not None and kept < target:
+            missed.append(f"{swap} {fit}: kept {kept:.1f} %, wanted {target} %")
+        if passes > LIMITS.get(fit, float("inf")):
+            missed.append(f"{swap} {fit}: {passes:.1f} passes, at most {LIMITS[fit]}")
+    return missed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--quick", action="store_true", help="leave out distillation")
+    options = parser.parse_args()
+    result = run(options.quick)
+    text = table(*result)
+    print(text)
+    print("\n".join(verdicts(result[1])) or "All targets reached.")
+    if options.markdown:
+        options.markdown.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,77 @@
+"""Every method on the architectures of `keras.applications`, weights not trained.
+
+One small architecture a family by default; all of them with `-m slow`. JAX compiles
+every operation of every shape, which takes minutes a model: there one stands for all.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from conftest import MAIN_METHODS
+from zoo import randomize
+
+import kerasnorm
+import rewriters
+from kerasnorm.method import read
+from rewriters.compare import outputs
+
+
+SMALL = (
+    "ConvNeXtTiny",
+    "DenseNet121",
+    "EfficientNetB0",
+    "EfficientNetV2B0",
+    "InceptionResNetV2",
+    "InceptionV3",
+    "MobileNet",
+    "MobileNetV2",
+    "MobileNetV3Small",
+    "NASNetMobile",
+    "ResNet50",
+    "ResNet50V2",
+    "VGG16",
+    "Xception",
+)
+if keras.backend.backend() == "jax":
+    SMALL = ("MobileNetV3Small",)
+ALL = sorted(n for n, f in vars(keras.applications).items() if inspect.isfunction(f))
+
+
+def make(name: str) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    build = getattr(keras.applications, name)
+    size = 224 if name.startswith("NASNet") else 80
+    arguments = {"weights": None, "classes": 10, "classifier_activation": None}
+    model = build(input_shape=(size, size, 3), **arguments)
+    return randomize(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in ALL],
+)
+def test_every_method_rewrites_or_refuses(name, tmp_path):
+    model = make(name)
+    x = rewriters.random_inputs(model, samples=2)
+    y = outputs(model, x)[0]
+    norms = {s.path for s in rewriters.sites(model) if read(s.layer) is not None}
+    before = [np.array(w) for w in model.get_weights()]
+    for method in MAIN_METHODS:
+        new, report = kerasnorm.rewrite(model, method, return_report=True)
+        plan = report.plan
+        assert {s.path for s in plan.steps} | {r.path for r in plan.refused} == norms
+        assert len(plan.steps) + len(plan.refused) == len(norms)
+        if plan.exact:
+            assert rewriters.compare(model, new, x).relative <= 1e-4
+        if method == "gn":
+            new.save(tmp_path / "new.keras")
+            again = keras.saving.load_model(tmp_path / "new.keras")
+            assert rewriters.compare(new, again, x).max_abs == 0
+        del new
+    assert np.isfinite(y).all()
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)

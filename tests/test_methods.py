@@ -1,0 +1,68 @@
+"""Laws: the tests that every method's declaration generates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import pytest
+from conftest import MAIN_METHODS, ROOT
+
+from kerasnorm import testing
+from kerasnorm.claims import claims
+from kerasnorm.method import get, methods
+
+
+def cases_run(method) -> int:
+    """How many of a method's cases run by default. JAX compiles every operation of
+    every shape, which takes most of the time there."""
+    jax = keras.backend.backend() == "jax"
+    if method.name in {get(name).name for name in MAIN_METHODS}:
+        return 2 if jax else len(method.cases)
+    return 1 if jax else 2
+
+
+def generated():
+    for method in methods().values():
+        rest = tuple(f"case{n}-" for n in range(cases_run(method), len(method.cases)))
+        for check in testing.checks(method):
+            marks = pytest.mark.slow if rest and check.name.startswith(rest) else ()
+            yield pytest.param(check.run, id=f"{method.name}-{check.name}", marks=marks)
+
+
+@pytest.mark.parametrize("run", list(generated()))
+def test_law(run):
+    run()
+
+
+def test_every_file_declares_one_method():
+    files = [
+        path
+        for package in ("layers", "weights")
+        for path in (ROOT / "kerasnorm" / package).glob("*.py")
+        if path.name != "__init__.py"
+    ]
+    modules = [method.module for method in methods().values()]
+    assert len(set(modules)) == len(modules) == len(files)
+
+
+@pytest.mark.parametrize("name", list(claims()))
+def test_every_claim_discriminates(name):
+    positions = {method.claims.get(name) for method in methods().values()}
+    assert {True, False} <= positions
+
+
+def test_every_activation_method_has_vectors_images_and_masks():
+    for method in methods().values():
+        if method.family in ("batch", "sample"):
+            ranks = {len(case.shape) for case in method.cases}
+            assert {3, 4} <= ranks, method.name
+            assert any(case.masked for case in method.cases), method.name
+
+
+def test_a_false_claim_is_found_out():
+    method = methods()["batch"]
+    claimed = {**method.claims, "batch_independent": True}
+    lying = dataclasses.replace(method, claims=claimed, cases=method.cases[:1])
+    with pytest.raises(AssertionError, match="is violated: worst violation"):
+        testing.check_method(lying)

@@ -1,0 +1,229 @@
+"""Sites, edits and transfer on every kind of model (`zoo.py`)."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from keras import layers
+
+import rewriters
+from rewriters.compare import outputs
+
+
+CUSTOM = {
+    c.__name__: c
+    for c in (zoo.Block, zoo.LazyBlock, zoo.Subclassed, zoo.FunctionalSubclass)
+}
+
+
+@pytest.fixture(scope="module", params=sorted(zoo.ZOO))
+def animal(request):
+    return zoo.ZOO[request.param]()
+
+
+def norms(model):
+    return [
+        s
+        for s in rewriters.sites(model)
+        if isinstance(s.layer, layers.BatchNormalization)
+    ]
+
+
+def twin(old):
+    return layers.BatchNormalization.from_config(old.get_config())
+
+
+def reload(model, path):
+    model.save(path)
+    return keras.saving.load_model(path, custom_objects=CUSTOM)
+
+
+def test_every_norm_is_found_with_its_calls(animal):
+    found = norms(animal)
+    expected = [
+        x for x in animal._flatten_layers() if isinstance(x, layers.BatchNormalization)
+    ]
+    assert {id(s.layer) for s in found} == {id(x) for x in expected}
+    assert all(s.calls for s in found)
+    assert len({s.path for s in found}) == len(found)
+
+
+def test_empty_edit_is_bit_equal(animal):
+    before = [np.array(w) for w in animal.get_weights()]
+    result = rewriters.edit(animal, {})
+    x = rewriters.random_inputs(animal)
+    for a, b in zip(outputs(animal, x), outputs(result.model, x), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(before, animal.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert type(result.model) is type(animal)
+
+    def kept(model):
+        found = list(model._flatten_layers())[1:]
+        found = [x for x in found if not isinstance(x, layers.InputLayer)]
+        return [(x.name, x.trainable, x.dtype_policy.name) for x in found]
+
+    assert kept(animal) == kept(result.model)
+
+
+def test_replaced_norms_survive_saving(animal, request, tmp_path):
+    sites = norms(animal)
+    result = rewriters.edit(animal, {s.path: twin for s in sites})
+    for site in sites:
+        new = result.new(site.layer)
+        assert new is not site.layer
+        for v, w in zip(site.layer.variables, new.variables, strict=True):
+            w.assign(v)
+    x = rewriters.random_inputs(animal)
+    assert rewriters.compare(animal, result.model, x).max_abs == 0
+    assert len(result.model.variables) == len(animal.variables)
+    if request.node.callspec.params["animal"] not in zoo.UNSAVEABLE:
+        again = reload(result.model, tmp_path / "model.keras")
+        assert rewriters.compare(animal, again, x).max_abs == 0
+
+
+def test_another_class_takes_the_place(animal, request, tmp_path):
+    sites = [s for s in norms(animal) if not any(c.masked for c in s.calls)]
+
+    def other(old):
+        return layers.LayerNormalization(name=old.name, dtype=old.dtype_policy)
+
+    result = rewriters.edit(animal, {s.path: other for s in sites})
+    assert all(
+        isinstance(result.new(s.layer), layers.LayerNormalization) for s in sites
+    )
+    if request.node.callspec.params["animal"] not in zoo.UNSAVEABLE:
+        again = reload(result.model, tmp_path / "model.keras")
+        x = rewriters.random_inputs(animal)
+        assert rewriters.compare(result.model, again, x).max_abs == 0
+
+
+def test_removed_layers_pass_their_input_on(animal):
+    sites = norms(animal)
+    result = rewriters.edit(animal, {s.path: None for s in sites})
+    for site in sites:
+        assert result.new(site.layer) is None
+    kept = [
+        x
+        for x in result.model._flatten_layers()
+        if isinstance(x, layers.BatchNormalization)
+    ]
+    assert not kept
+    x = rewriters.random_inputs(animal)
+    assert all(np.isfinite(y).all() for y in outputs(result.model, x))
+
+
+def test_program_computes_what_the_model_computes(animal):
+    if not rewriters.program.is_graph(animal):
+        with pytest.raises(rewriters.RewriteError, match="no graph"):
+            rewriters.Program(animal)
+        return
+    program = rewriters.Program(animal)
+    x = rewriters.random_inputs(animal)
+    flat = [keras.ops.convert_to_tensor(v) for v in keras.tree.flatten(x)]
+    for a, b in zip(program.run(flat), outputs(animal, x), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, "float32"), b)
+
+
+def test_unknown_path_names_the_path():
+    with pytest.raises(rewriters.RewriteError, match="'nowhere'"):
+        rewriters.edit(zoo.ZOO["sequential"](), {"nowhere": None})
+
+
+def test_a_lost_mask_is_refused():
+    model = zoo.ZOO["masked"]()
+    with pytest.raises(rewriters.RewriteError, match="'mask'"):
+        rewriters.edit(model, {"bn": layers.GroupNormalization(groups=2)})
+
+
+def test_neighbours():
+    model = zoo.ZOO["residual"]()
+    where = rewriters.SiteMap(model)
+    assert where["bn_in"].before() is None  # the stem also feeds the sum
+    assert where["bn_out"].before().path == "conv"
+    assert where["bn_out"].after() is None  # the sum reads something else too
+    assert where["conv"].after().path == "bn_out"
+
+
+def test_shared_and_nested_sites():
+    where = rewriters.SiteMap(zoo.ZOO["nested_called_twice"]())
+    assert where["trunk/bn"].shared and len(where["trunk/bn"].calls) == 2
+    where = rewriters.SiteMap(zoo.ZOO["nested_sequential_frozen"]())
+    assert where["base/b"].calls[0].kwargs == {"training": False}
+    where = rewriters.SiteMap(zoo.ZOO["masked"]())
+    assert where["bn"].calls[0].masked
+
+
+def test_optimizer_slots_follow_their_variables():
+    model = zoo.ZOO["compiled_adam"]()
+    result = rewriters.edit(
+        model, {"bn": layers.GroupNormalization(groups=2, name="bn")}
+    )
+    old, new = model.optimizer, result.model.optimizer
+    assert type(new) is type(old) and new is not old
+    assert int(new.iterations) == int(old.iterations) > 0
+    assert float(new.learning_rate) == float(old.learning_rate)
+    slots = {
+        (v.path, name): getattr(old, name)[k]
+        for name in ("_momentums", "_velocities")
+        for k, v in enumerate(old._trainable_variables)
+    }
+    moved = 0
+    for name in ("_momentums", "_velocities"):
+        for k, v in enumerate(new._trainable_variables):
+            if v.path.startswith("bn/"):
+                assert not np.any(getattr(new, name)[k])
+            else:
+                np.testing.assert_array_equal(
+                    getattr(new, name)[k], slots[v.path, name]
+                )
+                moved += 1
+    assert moved == 8
+    x = np.zeros((8, 6), "float32")
+    result.model.fit(x, x[:, :3], verbose=0)
+
+
+def test_resuming_after_an_empty_edit_is_the_same_training():
+    model = zoo.ZOO["compiled_adam"]()
+    copy = rewriters.edit(model, {}).model
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(16, 6)), rng.normal(size=(16, 3))
+    for m in (model, copy):
+        m.fit(x, y, batch_size=16, epochs=3, shuffle=False, verbose=0)
+    for a, b in zip(model.get_weights(), copy.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_rewritten_model_can_be_rewritten_again(tmp_path):
+    model = zoo.ZOO["subclassed"]()
+    once = rewriters.edit(
+        model, {"norms/0": layers.LayerNormalization(name="norm")}
+    ).model
+    twice = rewriters.edit(
+        once, {"parts/block/norm": layers.LayerNormalization(name="inner")}
+    ).model
+    assert isinstance(twice, zoo.Subclassed)
+    assert isinstance(twice.norms[0], layers.LayerNormalization)
+    assert isinstance(twice.parts["block"].norm, layers.LayerNormalization)
+    again = reload(twice, tmp_path / "twice.keras")
+    assert rewriters.compare(twice, again).max_abs == 0
+
+
+def test_where_selects_by_glob_and_by_function():
+    model = zoo.ZOO["nested_twice"]()
+    assert [s.path for s in rewriters.sites(model, "*/bn")] == ["middle/inner/bn"]
+    assert len(rewriters.sites(model, lambda s: s.path.startswith("middle"))) > 2
+
+
+def test_compare_reports_differences():
+    model = zoo.ZOO["plain_functional"]()
+    other = rewriters.edit(model, {}).model
+    other.get_layer("head").bias.assign_add([1, 0, 0, 0, 0])
+    result = rewriters.compare(model, other)
+    assert result.max_abs == pytest.approx(1, abs=1e-6)
+    with pytest.raises(rewriters.RewriteError, match="other shapes"):
+        rewriters.compare(
+            model, zoo.ZOO["plain_functional"]().layers[-2], np.ones((2, 8, 8, 3))
+        )

@@ -1,0 +1,219 @@
+"""`plan` and `rewrite` on every kind of model, for every method."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import zoo
+from conftest import MAIN_METHODS
+from keras import layers
+
+import kerasnorm
+import rewriters
+from kerasnorm.method import Fidelity, Source, get, read
+from rewriters.compare import outputs
+
+
+CUSTOM = {
+    c.__name__: c
+    for c in (zoo.Block, zoo.LazyBlock, zoo.Subclassed, zoo.FunctionalSubclass)
+}
+METHODS = sorted(kerasnorm.methods())
+MAIN = {get(m).name for m in MAIN_METHODS}
+FEW = {"masked", "mixed_float16", "plain_functional", "shared_norm", "subclassed"}
+PAIRS = [
+    pytest.param(
+        animal,
+        method,
+        marks=() if method in MAIN or animal in FEW else pytest.mark.slow,
+    )
+    for animal in sorted(zoo.ZOO)
+    for method in METHODS
+]
+
+
+@functools.lru_cache(maxsize=2)
+def animal_of(name):
+    model = zoo.ZOO[name]()
+    return model, [np.array(w) for w in model.get_weights()]
+
+
+@pytest.mark.parametrize(("animal", "method"), PAIRS)
+def test_every_norm_is_a_step_or_a_refusal(animal, method, tmp_path):
+    name, (animal, before) = animal, animal_of(animal)
+    norms = [s.path for s in rewriters.sites(animal) if read(s.layer) is not None]
+    new, report = kerasnorm.rewrite(animal, method, return_report=True)
+    plan = report.plan
+    found = [s.path for s in plan.steps] + [r.path for r in plan.refused]
+    assert sorted(found) == sorted(norms)
+    assert kerasnorm.Plan.from_json(plan.to_json()) == plan
+    for a, b in zip(before, animal.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    x = rewriters.random_inputs(animal)
+    result = rewriters.compare(animal, new, x)
+    assert result.finite
+    if not plan.steps:
+        assert result.max_abs == 0
+    elif plan.exact:
+        half = any("16" in x.compute_dtype for x in animal._flatten_layers())
+        assert result.relative <= (1e-2 if half else 1e-4)
+
+    refused = {r.path for r in plan.refused}
+    for site in rewriters.sites(new):
+        source = read(site.layer)
+        if isinstance(source, Source) and site.path not in refused:
+            # Keras has layer and instance normalization of images as groups.
+            assert source.method in (method, "group")
+
+    if name not in zoo.UNSAVEABLE:
+        new.save(tmp_path / "new.keras")
+        again = keras.saving.load_model(tmp_path / "new.keras", custom_objects=CUSTOM)
+        assert rewriters.compare(new, again, x).max_abs == 0
+
+
+def test_group_normalization_of_batch_normalization_keeps_its_affine():
+    model = zoo.ZOO["plain_functional"]()
+    new = kerasnorm.rewrite(model, "gn", groups=4)
+    for name in ("bn0", "bn1"):
+        old, gn = model.get_layer(name), new.get_layer(name)
+        assert type(gn) is layers.GroupNormalization and gn.groups == 4
+        np.testing.assert_array_equal(gn.gamma, old.gamma)
+        np.testing.assert_array_equal(gn.beta, old.beta)
+        assert gn.epsilon == old.epsilon
+
+
+def test_folding_removes_batch_normalization():
+    model = zoo.ZOO["plain_functional"]()
+    new, report = kerasnorm.rewrite(model, "none", return_report=True)
+    names = [x.name for x in new.layers]
+    assert "bn0" not in names and "bn1" not in names
+    assert report.plan.fidelity is Fidelity.AT_INFERENCE
+    assert report.comparison.relative < 1e-5
+
+
+def test_where_limits_the_swap():
+    model = zoo.ZOO["plain_functional"]()
+    plan = kerasnorm.plan(model, "gn", where="*1")
+    assert [s.path for s in plan.steps] == ["bn1"]
+    plan = kerasnorm.plan(model, "gn", where=lambda s: s.path == "bn0")
+    assert [s.path for s in plan.steps] == ["bn0"]
+    plan = kerasnorm.plan(model, "gn", where="nowhere")
+    assert not plan.steps and not plan.refused and "nothing to do" in str(plan)
+
+
+def test_a_masked_site_gets_a_layer_that_reads_masks():
+    model = zoo.ZOO["masked"]()
+    new = kerasnorm.rewrite(model, "gn", groups=2)
+    bn = new.get_layer("bn")
+    assert type(bn).__module__.startswith("kerasnorm.")
+    tokens = np.array([[3, 5, 2, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7]], "int32")
+    short = outputs(new, tokens)[0]
+    embed = new.get_layer("embed").embeddings
+    embed.assign(np.where(np.arange(11)[:, None] == 0, 99.0, np.asarray(embed)))
+    np.testing.assert_allclose(outputs(new, tokens)[0], short, rtol=1e-5)
+
+
+def test_a_plan_can_be_carried_out_later():
+    model = zoo.ZOO["plain_functional"]()
+    text = kerasnorm.plan(model, "gn", groups=2).to_json()
+    plan = kerasnorm.Plan.from_json(text)
+    new = kerasnorm.rewrite(model, plan)
+    assert rewriters.compare(new, kerasnorm.rewrite(model, "gn", groups=2)).max_abs == 0
+    with pytest.raises(kerasnorm.KerasNormError, match="another model"):
+        kerasnorm.rewrite(zoo.ZOO["subclassed"](), plan)
+    with pytest.raises(kerasnorm.KerasNormError, match="not a plan"):
+        kerasnorm.Plan.from_json("{}")
+
+
+def test_there_and_back_is_exact():
+    model = zoo.ZOO["plain_functional"]()
+    gn = kerasnorm.rewrite(model, "ln", axis=[1, 2, 3])
+    back = kerasnorm.rewrite(gn, "gn", groups=1)
+    assert rewriters.compare(gn, back).relative < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"method": "gm"}, "Did you mean 'gn'"),
+        ({"method": "gn", "group": 3}, "Did you mean 'groups'"),
+        ({"method": "gn", "groups": 0}, "no number of groups"),
+        ({"method": "ln", "groups": 3}, "has no groups"),
+        ({"method": "gn", "layers": "torch"}, "'auto', 'keras' or 'kerasnorm'"),
+        ({"method": "gn", "fit": "magic"}, "unknown fit"),
+        ({"method": "gn", "fit": "affine"}, "needs data"),
+        ({"method": "gn", "out": "/no/such/folder/x.keras"}, "does not exist"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(arguments, text):
+    model = zoo.ZOO["plain_functional"]()
+    with pytest.raises(kerasnorm.KerasNormError, match=text):
+        kerasnorm.rewrite(model, **arguments)
+
+
+def test_a_subclass_with_a_call_of_its_own_is_refused():
+    class Odd(layers.BatchNormalization):
+        def call(self, x, training=None, mask=None):
+            return super().call(x, training=training) + 1
+
+    model = keras.Sequential([keras.Input((4,)), Odd(name="odd")])
+    plan = kerasnorm.plan(model, "gn")
+    assert not plan.steps and "call" in plan.refused[0].detail
+
+
+def test_rewriting_a_file_saves_a_file_that_needs_keras_only(tmp_path):
+    source, out = tmp_path / "model.keras", tmp_path / "gn.keras"
+    model = zoo.ZOO["residual"]()
+    model.save(source)
+    new = kerasnorm.rewrite(source, "gn", out=out)
+    x = rewriters.random_inputs(model)
+    np.save(tmp_path / "x.npy", x)
+    code = (
+        "import sys, keras, numpy as np;"
+        f"m = keras.saving.load_model({str(out)!r});"
+        f"y = m(np.load({str(tmp_path / 'x.npy')!r}));"
+        f"np.save({str(tmp_path / 'y.npy')!r}, y);"
+        "assert not {'kerasnorm', 'rewriters'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    expected = outputs(new, x)[0]
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
+    with pytest.raises(kerasnorm.KerasNormError, match="overwrite"):
+        kerasnorm.rewrite(source, "gn", out=source)
+
+
+def test_report_in_all_its_forms(tmp_path):
+    model = zoo.ZOO["plain_functional"]()
+    x = rewriters.random_inputs(model, samples=64)
+    _, report = kerasnorm.rewrite(
+        model, "gn", data=x, fit="affine", return_report=True, verbose=False
+    )
+    assert set(report.rho_squared) == {"bn0", "bn1"}
+    assert "bn0" in report.table() and "of variance kept" in str(report)
+    assert json.loads(report.to_json())["plan"]["method"] == "group"
+    assert report.to_markdown().startswith("| layer |")
+    for name in ("report.json", "report.md", "report.png"):
+        report.save(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 100
+
+
+def test_the_compiled_state_survives():
+    model = zoo.ZOO["compiled_adam"]()
+    new = kerasnorm.rewrite(model, "ln")
+    assert new.compiled and int(new.optimizer.iterations) > 0
+    x = np.zeros((8, 6), "float32")
+    new.fit(x, x[:, :3], verbose=0)
+
+
+def test_a_forced_training_mode_is_refused():
+    inputs = keras.Input((6,))
+    x = layers.BatchNormalization(name="bn")(layers.Dense(4)(inputs), training=True)
+    plan = kerasnorm.plan(keras.Model(inputs, x), "none")
+    assert not plan.steps and plan.refused

@@ -79,6 +79,38 @@ def compare(
     )
 
 
+def rounding(model: Any, x: Any, *, draws: int = 3) -> float:
+    """How far a model's outputs move when its inputs are rounded otherwise.
+
+    Each floating input moves by one unit in the last place, up or down. No rewrite of
+    the model can be expected to agree with it better than it agrees with itself.
+
+    Args:
+        model: a model.
+        x: array, or list or dict of arrays.
+        draws: how many random choices of directions are tried.
+
+    Returns:
+        The largest difference, relative as in `Comparison`.
+    """
+    y = [np.asarray(a, "float64") for a in outputs(model, x)]
+    worst = 0.0
+    for seed in range(draws):
+        rng = np.random.default_rng(seed)
+
+        def step(a: Any, rng: Any = rng) -> Any:
+            a = np.asarray(a)
+            if a.dtype.kind != "f":
+                return a
+            towards = np.where(rng.random(a.shape) < 0.5, -np.inf, np.inf)
+            return np.nextafter(a, towards.astype(a.dtype))
+
+        for a, b in zip(y, outputs(model, tree.map_structure(step, x)), strict=True):
+            gap = np.max(np.abs(a - b), initial=0)
+            worst = max(worst, float(gap / max(1.0, np.max(np.abs(a), initial=0))))
+    return worst
+
+
 def outputs(model: Any, x: Any) -> list[Any]:
     """Flat list of a model's outputs as arrays, in inference mode."""
     inputs = tree.map_structure(keras.ops.convert_to_tensor, x)

@@ -66,7 +66,10 @@ def test_every_method_rewrites_or_refuses(name, tmp_path):
         assert {s.path for s in plan.steps} | {r.path for r in plan.refused} == norms
         assert len(plan.steps) + len(plan.refused) == len(norms)
         if plan.exact:
-            assert rewriters.compare(model, new, x).relative <= 1e-4
+            # Random statistics make some of these models ill-conditioned: one unit in
+            # the last place of the input moves the output by 7e-5 in EfficientNetV2B0.
+            limit = max(1e-4, 10 * rewriters.rounding(model, x, draws=1))
+            assert rewriters.compare(model, new, x).relative <= limit
         if method == "gn":
             new.save(tmp_path / "new.keras")
             again = keras.saving.load_model(tmp_path / "new.keras")

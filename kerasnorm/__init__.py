@@ -3,6 +3,8 @@
 new = kerasnorm.rewrite("model.h5", "gn", data=x, fit="refit")
 """
 
+import importlib as _importlib
+
 from kerasnorm import compat as _compat  # noqa: F401 - registers foreign layers
 from kerasnorm.errors import KerasNormError as KerasNormError
 from kerasnorm.export import export as export
@@ -19,3 +21,14 @@ from rewriters.formats import load as load
 
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`kerasnorm.sphere` and the like, imported when first asked for."""
+    if not name.startswith("_"):
+        try:
+            return _importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

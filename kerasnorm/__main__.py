@@ -2,7 +2,7 @@
 
 import sys
 
-from kerasnorm.cli import main
+from kerasnorm_cli import main
 
 
 if __name__ == "__main__":

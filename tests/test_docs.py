@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT
 
 import kerasnorm
-from kerasnorm import cli, method
+import kerasnorm_cli as cli
+from kerasnorm import method
 
 
 PAGES = sorted(

@@ -1,0 +1,134 @@
+"""Exchange the normalization."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from kerasnorm_cli import Outcome
+from kerasnorm_cli._arguments import (
+    add_model,
+    add_output,
+    check_output,
+    check_plot,
+    positive,
+    setting,
+)
+
+
+EXAMPLES = """
+    kerasnorm rewrite model.h5 gn --dry-run
+    kerasnorm rewrite model.h5 none -o folded.keras
+    kerasnorm rewrite model.h5 gn -o gn.keras --where 'block*/bn*' --groups 8
+    kerasnorm rewrite model.h5 gn -o gn.keras --data images.npz --fit refit \\
+        --report gn.md --plot gn.png
+"""
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("method", help="gn, ln, none, ...: see `kerasnorm methods`")
+    add_output(parser, required=False)
+    add = parser.add_argument
+    add("--where", metavar="GLOB", help="only sites whose path matches, 'block*/bn*'")
+    add(
+        "--groups",
+        metavar="N|auto",
+        type=_groups,
+        help="groups, where the method has them; auto chooses per site from the data",
+    )
+    add(
+        "--set",
+        metavar="NAME=VALUE",
+        type=setting,
+        action="append",
+        default=[],
+        help="another argument of the new layers, epsilon=1e-5",
+    )
+    add(
+        "--layers",
+        choices=("auto", "keras", "kerasnorm"),
+        default="auto",
+        help="whose layers to use where both have one (default: %(default)s)",
+    )
+    add("--force", action="store_true", help="also where the statistics degenerate")
+    add(
+        "--data",
+        metavar="X.npz",
+        type=Path,
+        help="inputs, unlabelled: .npz with x (or"
+        " x0, x1, ... for several inputs), or .npy",
+    )
+    add(
+        "--fit",
+        choices=("affine", "refit", "distill"),
+        help="solve on the data for what the swap would lose",
+    )
+    add("--samples", metavar="N", type=positive, help="solve on so many at most")
+    add("--epochs", metavar="N", type=positive, help="of distill (default: 3)")
+    add(
+        "--dry-run",
+        "--plan-only",
+        action="store_true",
+        help="print the plan, do nothing",
+    )
+    add("--report", metavar="R.json|R.md", type=Path, help="write the report there")
+    add("--plot", metavar="P.png", type=Path, help="draw the report there")
+
+
+def _groups(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
+
+
+def check(args: argparse.Namespace) -> str | None:
+    if args.fit and not args.data:
+        return f"--fit {args.fit} needs --data: unlabelled inputs to solve on"
+    if args.dry_run:
+        return None
+    if args.out is None:
+        return "give -o OUT.keras, or --dry-run to see what would be done"
+    if args.report and args.report.suffix not in (".json", ".md"):
+        return f"--report {args.report}: the name must end in .json or .md"
+    return check_plot(args.plot) or check_output(args)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    import kerasnorm
+    from kerasnorm_cli._work import read_inputs, read_model
+    from rewriters import saving
+
+    model = read_model(args)
+    plan = kerasnorm.plan(
+        model,
+        args.method,
+        where=args.where,
+        groups=args.groups,
+        layers=args.layers,
+        force=args.force,
+        **dict(args.set),
+    )
+    if args.dry_run or not plan.steps:
+        result = {"plan": json.loads(plan.to_json()), "out": None}
+        return (0 if plan.steps else 1), result, [str(plan)]
+    options = {"samples": args.samples, "epochs": args.epochs}
+    new, report = kerasnorm.rewrite(
+        model,
+        plan,
+        data=read_inputs(args.data, model) if args.data else None,
+        fit=args.fit,
+        fit_options={k: v for k, v in options.items() if v is not None},
+        return_report=True,
+    )
+    saving.save(new, args.out, inputs=(args.model,))
+    written = [args.out]
+    for path, write in ((args.report, report.save), (args.plot, report.plot)):
+        if path:
+            write(path)
+            written.append(path)
+    result = {"report": json.loads(report.to_json()), "out": str(args.out)}
+    return 0, result, [report.table(), *(f"saved {path}" for path in written)]

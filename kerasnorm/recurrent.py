@@ -11,6 +11,7 @@ module, as do their layers `LSTM`, `GRU` and `SimpleRNN`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,9 +20,8 @@ from keras import ops
 from keras.src import backend as keras_backend  # `rnn` has no public name
 
 from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Method, get
-from rewriters.edit import edit
-from rewriters.graph import Site, SiteMap, selects
+from kerasnorm.method import Adoption, Edit, Fidelity, Method, Reason, Refusal, get
+from rewriters.graph import Site
 from rewriters.transfer import assign, own_variables
 
 
@@ -462,60 +462,55 @@ class SimpleRNN(_CellLayer):
 # ------------------------------------------------------------------ rewriting
 
 
-def normalize_cells(
-    model: Any,
-    norm: str | Method = "layer",
-    *,
-    where: str | Callable[[Site], bool] | None = None,
-    norm_arguments: Mapping[str, Any] | None = None,
-    **arguments: Any,
-) -> Any:
-    """A new model with normalized cells in place of LSTM, GRU and SimpleRNN layers.
+TWINS = {
+    keras.layers.LSTM: LSTM,
+    keras.layers.GRU: GRU,
+    keras.layers.SimpleRNN: SimpleRNN,
+}
 
-    Kernels, recurrent kernels and biases are carried over, names and everything around
-    the layers kept; the norms are fresh. The model computes something else than before
-    and needs training.
+
+def adopt_cell(
+    site: Site, norm: Method, arguments: Mapping[str, Any], options: Mapping[str, Any]
+) -> Adoption | Refusal | None:
+    """How a layer of Keras's recurrences becomes its normalized twin.
+
+    Kernels, recurrent kernels and biases are carried over; the norms are fresh, so that
+    the layer computes something else than before.
 
     Args:
-        model: any Keras model; left untouched.
-        norm: name of the method, default `"layer"`.
-        where: a glob on the layer's path, or a callable that takes a `Site`.
-        norm_arguments: arguments of the norms, such as `epsilon`.
-        **arguments: of the cells, such as `cell_state`.
+        site: of the layer.
+        norm: the method inside the cell.
+        arguments: of the norms, such as `epsilon`.
+        options: of the cells that have them, such as `cell_state`.
 
     Returns:
-        The new model, compiled like the old one.
-
-    Raises:
-        KerasNormError: no such layer in the model, or a method that no cell can hold.
+        None where the site holds no LSTM, GRU or SimpleRNN.
     """
-    site_map = SiteMap(model, tracing=False)
-    edits = {}
-    for site in site_map:
-        kind = {
-            keras.layers.LSTM: LSTM,
-            keras.layers.GRU: GRU,
-            keras.layers.SimpleRNN: SimpleRNN,
-        }.get(type(site.layer))
-        if kind is None or not selects(where, site):
-            continue
-        config = site.layer.get_config()
-        for word in ("implementation", "use_cudnn", "time_major"):
-            config.pop(word, None)
-        edits[site.path] = kind(
-            **config, norm=norm, norm_arguments=norm_arguments, **arguments
-        )
-    if not edits:
-        raise KerasNormError(
-            "there is no recurrent layer to normalize",
-            got=f"{type(model).__name__} {model.name!r}, where={where!r}",
-            expected="keras.layers.LSTM, GRU or SimpleRNN",
-        )
-    edited = edit(model, edits, site_map=site_map)
-    for path in edits:
-        old = site_map[path].layer
-        new = {v.name: v for v in own_variables(edited.new(old).cell)}
-        for variable in own_variables(old.cell):
-            if variable.name in new and new[variable.name].shape == variable.shape:
-                assign(new[variable.name], variable)
-    return edited.model
+    kind = TWINS.get(type(site.layer))
+    if kind is None:
+        return None
+    config = site.layer.get_config()
+    for word in ("implementation", "use_cudnn", "time_major"):
+        config.pop(word, None)
+    config |= {k: v for k, v in options.items() if k in cell_options(kind)}
+    try:
+        layer = kind(**config, norm=norm, norm_arguments=dict(arguments))
+    except KerasNormError as error:
+        return Refusal(Reason.NO_RULE, error.what, error.fix)
+    edit = Edit(site.path, keras.saving.serialize_keras_object(layer))
+    return Adoption((edit,), Fidelity.FRESH, "kernels kept, the norms are new")
+
+
+def cell_options(kind: Any) -> set[str]:
+    """Arguments that the cell of a layer has beside those of Keras's."""
+    own = set(inspect.signature(kind.cell_class.__init__).parameters)
+    return own - {"self", "units", "norm", "norm_arguments", "kwargs"}
+
+
+def carry_cell(old: Any, new: Any) -> None:
+    """Copies the kernels and biases of a recurrent layer's cell to its twin's."""
+    twins = {v.name: v for v in own_variables(new.cell)}
+    for variable in own_variables(old.cell):
+        twin = twins.get(variable.name)
+        if twin is not None and twin.shape == variable.shape:
+            assign(twin, variable)

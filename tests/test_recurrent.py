@@ -293,7 +293,7 @@ def test_cells_of_a_trained_model_are_normalized(norm, tmp_path):
     model.compile("adam", "mse", jit_compile=False)
     model.fit(X, X[:, 0, :1], verbose=0)
     before = model.get_weights()
-    new = recurrent.normalize_cells(model, norm)
+    new = kerasnorm.rewrite(model, norm, cells=True)
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     both, gru = new.get_layer("both"), new.get_layer("gru")
@@ -313,7 +313,16 @@ def test_cells_of_a_trained_model_are_normalized(norm, tmp_path):
     new.save(tmp_path / "new.keras")
     again = keras.models.load_model(tmp_path / "new.keras")
     np.testing.assert_array_equal(numpy(again(X)), numpy(new(X)))
-    only = recurrent.normalize_cells(model, norm, where="gru")
+    only = kerasnorm.rewrite(model, norm, where="gru", cells=True)
     assert type(only.get_layer("simple")) is keras.layers.SimpleRNN
-    with pytest.raises(kerasnorm.KerasNormError, match="no recurrent layer"):
-        recurrent.normalize_cells(model, norm, where="nowhere")
+    assert not kerasnorm.plan(model, norm, where="gru").steps
+    plan = kerasnorm.plan(model, norm, cells={"cell_state": "carry"})
+    assert len(plan.steps) == 4 and kerasnorm.Plan.from_json(plan.to_json()) == plan
+    carried = kerasnorm.rewrite(model, plan)
+    assert carried.get_layer("both").forward_layer.cell.cell_state == "carry"
+    with pytest.raises(kerasnorm.KerasNormError, match="cell takes"):
+        kerasnorm.plan(model, norm, cells={"cellstate": "carry"})
+    refused = kerasnorm.plan(model, "batch", cells=True).refused
+    assert len(refused) == 4
+    fitted = kerasnorm.rewrite(model, norm, cells=True, data=X, fit="distill")
+    assert np.isfinite(numpy(fitted(X))).all()

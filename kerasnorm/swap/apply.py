@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerasnorm import recurrent
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Method, get, read
 from kerasnorm.swap.plan import Plan, opened, plan
@@ -38,6 +39,7 @@ def rewrite(
     fit: str | None = None,
     where: str | Callable[[Site], bool] | None = None,
     groups: int | str | None = None,
+    cells: bool | Mapping[str, Any] = False,
     layers: str = "auto",
     force: bool = False,
     out: str | os.PathLike[str] | None = None,
@@ -65,7 +67,7 @@ def rewrite(
             layers), `"distill"` (also trains on the original's outputs), or None to
             carry gamma and beta over only. Without `data`, None; with it, `"affine"`
             by default.
-        where, groups, layers, force, **arguments: see `plan`.
+        where, groups, cells, layers, force, **arguments: see `plan`.
         out: where to save the new model; never over the input.
         return_report: also return the `Report`.
         custom_objects: passed on to `load`.
@@ -100,6 +102,7 @@ def rewrite(
             weights=weights,
             where=where,
             groups=groups,
+            cells=cells,
             layers=layers,
             force=force,
             site_map=site_map,
@@ -161,7 +164,10 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
             for e in step.edits
             for old in [site_map[e.path].layer]
         }
-        carry(get(step.method), read(site_map[step.path].layer), held)
+        if type(site_map[step.path].layer) in recurrent.TWINS:
+            recurrent.carry_cell(*held[step.path])
+        else:
+            carry(get(step.method), read(site_map[step.path].layer), held)
     return edited
 
 

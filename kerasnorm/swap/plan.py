@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 
+from kerasnorm import recurrent
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import (
     Edit,
@@ -149,6 +150,7 @@ def plan(
     weights: str | Method | None = None,
     where: str | Callable[[Site], bool] | None = None,
     groups: int | str | None = None,
+    cells: bool | Mapping[str, Any] = False,
     layers: str = "auto",
     force: bool = False,
     site_map: SiteMap | None = None,
@@ -167,6 +169,8 @@ def plan(
             `/`), or a callable that takes a `Site`; all normalization layers when None.
         groups: number of groups for methods that have them; `"auto"` lets the fit
             choose it by the share of variance kept.
+        cells: also put the method inside the cells of LSTM, GRU and SimpleRNN layers;
+            a dict gives further arguments of the cells, such as `cell_state`.
         layers: `"auto"` takes Keras's own layers where they compute the method
             correctly, `"keras"` only these, `"kerasnorm"` never.
         force: swap also where the statistics would be degenerate.
@@ -197,6 +201,12 @@ def plan(
             if source is not None and selects(where, site):
                 name = getattr(source, "method", type(site.layer).__name__)
                 builder.add(site, name, target, _adopt(target, source, site, options))
+            elif cells is not False and selects(where, site):
+                answer = recurrent.adopt_cell(
+                    site, target, options.arguments, _cell_options(cells)
+                )
+                if answer is not None:
+                    builder.add(site, type(site.layer).__name__, target, answer)
         options = Options(layers, force)
     if around is not None and around.wrap is not None:
         held: list[str] = []
@@ -256,6 +266,19 @@ def _targets(method: Any, weights: Any) -> tuple[Method | None, Method | None]:
             fix=f"Pass it as the method: rewrite(model, {around.name!r}).",
         )
     return target, around
+
+
+def _cell_options(cells: bool | Mapping[str, Any]) -> Mapping[str, Any]:
+    options = cells if isinstance(cells, Mapping) else {}
+    known = set().union(*map(recurrent.cell_options, recurrent.TWINS.values()))
+    for name in options:
+        if name not in known:
+            raise KerasNormError(
+                "no recurrent cell takes this argument",
+                got=f"{name}={options[name]!r}",
+                expected=f"one of {', '.join(sorted(known))}",
+            )
+    return options
 
 
 def _adopt(

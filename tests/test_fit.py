@@ -229,7 +229,7 @@ def test_groups_auto_keeps_most_variance(rng):
     model = randomize(small_cnn(norms=1), rng)
     x = images(rng)
     shares = {}
-    for groups in (1, 2, 4):
+    for groups in (1, 2):  # of 8 channels: none smaller than four
         student, pairs = swap(model, group_norm(groups))
         shares[groups] = fit(model, student, pairs, x, verbose=0).sites[0].after
     student, pairs = swap(model, group_norm(4))

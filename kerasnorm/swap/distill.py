@@ -1,9 +1,9 @@
-"""Trains a rewritten model on the outputs of the original, without labels."""
+"""Trains a rewritten model on what the original computes, without labels."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,36 +11,103 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm.swap import data as reading
+from rewriters.tracing import watching
 
 
 # Softened probabilities tell more about the wrong classes than hard ones.
 TEMPERATURE = 2.0
+# So many samples tell what kind of outputs a model has.
+LOOK = 256
 
 
 class Pupil(keras.Model):
-    """The student with outputs as a flat tuple, compiled on its own.
+    """Student and teacher side by side; the output is the loss of each sample.
 
-    It runs as at inference, because that is what the teacher's outputs are: no
-    dropout, and normalization that was not swapped keeps its running statistics.
+    Both run as at inference: no dropout, and normalization that was not swapped keeps
+    its running statistics. The outputs are compared, and so is what comes out of each
+    swapped layer, in units of its variance: the last layers alone say little about
+    what the first ones should do.
+
+    Args:
+        teacher: the original; its weights are not trained.
+        student: the rewritten model.
+        pairs: `(path, old layer, new layer)`, whose outputs are compared.
+        losses: one for each output.
+        augment: applied to the inputs of both, or None.
     """
 
-    def __init__(self, student: Any):
+    def __init__(
+        self,
+        teacher: Any,
+        student: Any,
+        pairs: Sequence[tuple[str, Any, Any]],
+        losses: Sequence[Callable[[Any, Any], Any]],
+        augment: Callable[..., Any] | None = None,
+    ):
         super().__init__()
-        self.student = student
+        self.teacher, self.student, self.augment = teacher, student, augment
+        self.pairs, self.gaps = tuple(pairs), tuple(losses)
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        return self.student.trainable_variables
+
+    @property
+    def non_trainable_variables(self) -> list[Any]:
+        ours = {id(v) for v in self.trainable_variables}
+        return [v for v in self.variables if id(v) not in ours]
+
+    @property
+    def losses(self) -> list[Any]:
+        """None: regularizers are for the user's training, not for a likeness."""
+        return []
+
+    # Keras's trainers ask under either name.
+    trainable_weights = trainable_variables
+    non_trainable_weights = non_trainable_variables
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        outputs = tuple(tree.flatten(self.student(inputs, training=False)))
-        return outputs[0] if len(outputs) == 1 else outputs
+        if self.augment is not None:
+            inputs = self.augment(inputs)
+        _, old, new = zip(*self.pairs, strict=True) if self.pairs else ((), (), ())
+        wanted, before = _observed(self.teacher, old, inputs)
+        given, after = _observed(self.student, new, inputs)
+        terms = [
+            loss(ops.stop_gradient(y), p)
+            for loss, y, p in zip(self.gaps, wanted, given, strict=True)
+        ]
+        sites = [
+            _relative(ops.stop_gradient(y), p)
+            for a, b in zip(before, after, strict=True)
+            if len(a) == len(b)
+            for y, p in zip(a, b, strict=True)
+            if tuple(y.shape) == tuple(p.shape)
+        ]
+        return sum(terms) + (sum(sites) / len(sites) if sites else 0.0)
+
+
+def _observed(model: Any, layers: Sequence[Any], inputs: Any) -> tuple[list, list]:
+    """Flat outputs of the model, and those of each call of the layers."""
+    seen: dict[int, list[Any]] = {id(layer): [] for layer in layers}
+
+    def note(layer: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        seen[id(layer)].append(outputs)
+
+    with watching(list(layers), note, result=True):
+        outputs = tree.flatten(model(inputs, training=False))
+    return outputs, [seen[id(layer)] for layer in layers]
 
 
 def distill(
     teacher: Any,
     student: Any,
+    pairs: Sequence[tuple[str, Any, Any]],
     inputs: reading.Inputs,
     *,
     epochs: int = 3,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
+    batch_size: int = 16,
+    learning_rate: float = 3e-3,
+    augment: Callable[..., Any] | None = None,
     seed: int = 0,
     tick: Callable[[float], None] = lambda share: None,
 ) -> list[float]:
@@ -48,18 +115,21 @@ def distill(
 
     Adam with a linear decay to zero. The loss of an output follows from the teacher's
     values (see `kind`): probabilities are compared by cross-entropy, softened where
-    they sum to one; anything else by squares, in units of the output's variance.
+    they sum to one; anything else by squares, in units of the output's variance. The
+    outputs of the pairs of layers count as much as one output together.
     """
-    x = inputs.pack(inputs.arrays)
-    targets = tree.flatten(teacher.predict(x, batch_size=128, verbose=0))
-    pupil = Pupil(student)
-    steps = epochs * -(-len(inputs) // batch_size)
+    look = inputs.spread(LOOK)
+    seen = teacher.predict(look.pack(look.arrays), batch_size=128, verbose=0)
+    losses = [_loss(t) for t in tree.flatten(seen)]
+    batches = _Batches(inputs, batch_size, seed)
+    pupil = Pupil(teacher, student, pairs, losses, augment)
+    if not _traces(pupil, batches[0][0]):
+        pupil = Pupil(teacher, student, (), losses, augment)
+    steps = epochs * len(batches)
     schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
     pupil.compile(
-        keras.optimizers.Adam(schedule, clipnorm=1.0),
-        loss=[_loss(t) for t in targets] if len(targets) > 1 else _loss(targets[0]),
+        keras.optimizers.Adam(schedule, clipnorm=1.0), loss=lambda _, p: ops.mean(p)
     )
-    batches = _Batches(inputs, targets, batch_size, seed)
     done = itertools.count(1)
     progress = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
@@ -70,12 +140,27 @@ def distill(
     return [float(v) for v in history.history["loss"]]
 
 
-class _Batches(keras.utils.PyDataset):
-    """Inputs and targets in an order of its own, drawn anew each epoch."""
+def _traces(pupil: Pupil, inputs: Any) -> bool:
+    """Whether what the layers compute can be seen from outside.
 
-    def __init__(self, inputs: Any, targets: list[Any], batch_size: int, seed: int):
+    Not within the loop of a recurrent layer or of `TimeDistributed`.
+    """
+    specs = tree.map_structure(
+        lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), inputs
+    )
+    try:
+        keras.Operation.compute_output_spec(pupil, specs)
+    except Exception:
+        return False
+    return True
+
+
+class _Batches(keras.utils.PyDataset):
+    """Inputs in an order of its own, drawn anew each epoch."""
+
+    def __init__(self, inputs: Any, size: int, seed: int):
         super().__init__()
-        self.inputs, self.targets, self.size = inputs, tuple(targets), batch_size
+        self.inputs, self.size = inputs, size
         self.rng = np.random.default_rng(seed)
         self.order = self.rng.permutation(len(inputs))
 
@@ -85,8 +170,7 @@ class _Batches(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         rows = self.order[index * self.size : (index + 1) * self.size]
         x = self.inputs.pack([a[rows] for a in self.inputs.arrays])
-        y = [t[rows] for t in self.targets]
-        return x, tuple(y) if len(y) > 1 else y[0]
+        return x, np.zeros(len(rows), "float32")  # Keras wants a target
 
     def on_epoch_end(self) -> None:
         self.order = self.rng.permutation(len(self.order))
@@ -101,14 +185,27 @@ def kind(outputs: np.ndarray) -> str:
     return "sigmoid"
 
 
-def _loss(outputs: np.ndarray) -> Any:
+def _loss(outputs: np.ndarray) -> Callable[[Any, Any], Any]:
+    """`(teacher's, student's) -> loss of each sample` for outputs like these."""
     which = kind(outputs)
     if which == "softmax":
         return _softened
     if which == "sigmoid":
-        return keras.losses.BinaryCrossentropy()
+        return lambda y, p: _per_sample(
+            keras.losses.binary_crossentropy(*(ops.cast(v, "float32") for v in (y, p)))
+        )
     power = float(np.mean(np.var(outputs.astype("float64"), 0))) + 1e-12
-    return lambda y, p: ops.mean(ops.square(ops.cast(y - p, "float32"))) / power
+    return lambda y, p: _per_sample(ops.square(ops.cast(y - p, "float32"))) / power
+
+
+def _relative(y: Any, p: Any) -> Any:
+    """Square difference of each sample in units of the batch's variance."""
+    y, p = ops.cast(y, "float32"), ops.cast(p, "float32")
+    return _per_sample(ops.square(y - p)) / (ops.var(y) + 1e-12)
+
+
+def _per_sample(v: Any) -> Any:
+    return ops.mean(ops.reshape(v, (ops.shape(v)[0], -1)), -1)
 
 
 def _softened(y: Any, p: Any) -> Any:
@@ -117,4 +214,5 @@ def _softened(y: Any, p: Any) -> Any:
         return ops.log_softmax(v / TEMPERATURE)
 
     log_y, log_p = log_of(y), log_of(p)
-    return TEMPERATURE**2 * ops.mean(ops.sum(ops.exp(log_y) * (log_y - log_p), -1))
+    gap = ops.sum(ops.exp(log_y) * (log_y - log_p), -1, keepdims=True)
+    return TEMPERATURE**2 * _per_sample(gap)

@@ -9,7 +9,7 @@ student's own inputs, so that it also makes up for what earlier sites lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,10 +56,11 @@ def fit(
     *,
     groups: str | None = None,
     samples: int | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
     memory: float = 2e9,
     epochs: int = 3,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
+    augment: Callable[..., Any] | None = None,
     seed: int = 0,
     verbose: int | bool = True,
 ) -> FitResult:
@@ -74,7 +75,7 @@ def fit(
         method: `"affine"` solves gamma and beta of the new layers; `"refit"` also the
             linear layers around them, towards the original's pre-activations;
             `"distill"` starts with `"refit"` and then trains the student on the
-            original's outputs.
+            original's outputs and on those of its swapped layers.
         groups: `"auto"` also chooses the number of groups of each new layer that has
             one, by the share of variance kept.
         samples: samples for the closed-form part, spread evenly over the data; by
@@ -84,6 +85,8 @@ def fit(
             out to stay below, and the result says so.
         epochs: passes over the data, of `"distill"`.
         learning_rate: first learning rate of `"distill"`; decays to zero.
+        augment: of `"distill"`: what to do to the inputs of each step before both
+            models see them, such as `keras.layers.RandomFlip("horizontal")`.
         seed: of the sampled positions and of the order of training.
         verbose: False for no progress bar.
 
@@ -111,10 +114,12 @@ def fit(
             history["loss"] = distill(
                 teacher,
                 student,
+                pairs,
                 inputs,
                 epochs=epochs,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
+                augment=augment,
                 seed=seed,
                 tick=lambda share: progress.update("distilling", share),
             )

@@ -297,8 +297,9 @@ class Walk:
     ) -> int | None:
         """The number of groups that keeps most variance; sets it on the layer.
 
-        Tried on a few samples. One channel per group is no candidate: instance
-        normalization loses too much where a pooling follows.
+        Tried on a few samples. Groups of fewer than four channels are no candidates:
+        they are nearly instance normalization, which loses too much where a pooling
+        follows.
         """
         if not isinstance(getattr(layer, "groups", None), int) or len(axes) != 1:
             return None
@@ -307,7 +308,7 @@ class Walk:
         target = self.sampler.rows([y[0][:first]], axes, masks[:1])
         channels = target.shape[1]
         shares = {}
-        for g in (g for g in range(1, channels // 2 + 1) if channels % g == 0):
+        for g in (g for g in range(1, max(channels // 4, 1) + 1) if channels % g == 0):
             layer.groups = g
             z = self.sampler.rows([forward(0, first)], axes, masks[:1])
             gamma, beta = solve.affine(z, target)

@@ -164,8 +164,9 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
             for e in step.edits
             for old in [site_map[e.path].layer]
         }
-        if type(site_map[step.path].layer) in recurrent.TWINS:
-            recurrent.carry_cell(*held[step.path])
+        old, new = held.get(step.path, (None, None))
+        if new is not None and type(new) is recurrent.TWINS.get(type(old)):
+            recurrent.carry_cell(old, new)
         else:
             carry(get(step.method), read(site_map[step.path].layer), held)
     return edited

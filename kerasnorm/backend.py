@@ -79,6 +79,70 @@ def vjp(
     )
 
 
+def watched_gradients(
+    f: Callable[..., tuple[Tensor, Any]], variables: Sequence[Any]
+) -> Callable[..., tuple[Any, list[Tensor], list[Tensor]]]:
+    """A function that runs `f` once forward and once backward.
+
+    Nothing that `f` assigns to variables (moving statistics, seeds) stays assigned.
+
+    Args:
+        f: `f(tensors, constants) -> (loss, more)`: lists of tensors; a scalar, and any
+            structure of tensors.
+        variables: Keras variables that `f` reads.
+
+    Returns:
+        A function of the same lists that gives `more` and the gradients of the loss,
+        0 where it does not depend on them, with respect to `tensors` and to
+        `variables`. Compiled on JAX, once per shape; step by step on TensorFlow, where
+        tracing takes longer than running a few times.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def eager(tensors, constants):
+            tensors = [tf.convert_to_tensor(t) for t in tensors]
+            with tf.GradientTape() as tape, keras.StatelessScope():
+                tape.watch(tensors)
+                loss, more = f(tensors, constants)
+            sources = [*tensors, *(v._value for v in variables)]
+            found = tape.gradient(
+                loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            # Gathered rows of an embedding come as slices.
+            found = [tf.convert_to_tensor(g) for g in found]
+            return more, found[: len(tensors)], found[len(tensors) :]
+
+        return eager
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def pure(tensors, values, constants):
+            scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
+            with scope:
+                return f(tensors, constants)
+
+        whole = jax.jit(jax.value_and_grad(pure, argnums=(0, 1), has_aux=True))
+
+        def jitted(tensors, constants):
+            tensors = [ops.convert_to_tensor(t) for t in tensors]
+            values = [v.value for v in variables]
+            (_, more), (ours, theirs) = whole(tensors, values, list(constants))
+            return more, ours, theirs
+
+        return jitted
+    raise NotImplementedError(
+        f"gradients on the {keras.backend.backend()!r} backend; "
+        "kerasnorm supports 'tensorflow' and 'jax'"
+    )
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether a tensor may leave the function that computes it: in TensorFlow's eager
+    mode not from within a loop or a `tf.function`, which run a graph of their own."""
+    return keras.backend.backend() != "tensorflow" or hasattr(x, "numpy")
+
+
 def compiled(f: Callable, jit: bool = True, shape: Sequence | None = None) -> Callable:
     """`f(x)` as one compiled graph.
 
@@ -114,7 +178,8 @@ def compiled(f: Callable, jit: bool = True, shape: Sequence | None = None) -> Ca
 
 
 @functools.cache
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
+    """Whether the backend computes on a CPU."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -134,7 +199,7 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     it is not used there.
     """
     columns = x.shape[-1]
-    if _on_cpu() and (weights is not None or _under_xla()):
+    if on_cpu() and (weights is not None or _under_xla()):
         if weights is None:
             weights = ops.ones((columns,), x.dtype)
         return ops.matmul(x, ops.reshape(weights / columns, (columns, 1)))
@@ -143,14 +208,14 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def row_mean_square(x: Tensor) -> Tensor:
     """Mean over the last axis of `(rows, columns)` of `x**2`."""
-    if _on_cpu() and _under_xla():
+    if on_cpu() and _under_xla():
         return row_mean(ops.square(x))
     return mean_square(x, (1,), float(x.shape[-1]))
 
 
 def column_sum(x: Tensor) -> Tensor:
     """Sum over the first axis of `(rows, columns)`."""
-    if _on_cpu():
+    if on_cpu():
         ones = ops.ones((1, ops.shape(x)[0]), x.dtype)
         return ops.reshape(ops.matmul(ones, x), (x.shape[-1],))
     return ops.sum(x, axis=0)
@@ -208,7 +273,7 @@ def fused_batch_normalization(
     import tensorflow as tf
 
     # cuDNN asks for an epsilon of at least 1e-5.
-    if x.dtype != tf.float32 or _under_xla() or (not _on_cpu() and epsilon < 1.001e-5):
+    if x.dtype != tf.float32 or _under_xla() or (not on_cpu() and epsilon < 1.001e-5):
         return None
     given = mean is not None
     if given and x.shape[1] == 1:  # vectors: the kernel costs more than it saves
@@ -228,6 +293,58 @@ def fused_batch_normalization(
         n = tf.cast(shape[0] * shape[1], tf.float32)
         variance = variance * (tf.maximum(n - 1.0, 1.0) / n)
     return tf.squeeze(y, 2), mean, variance
+
+
+def eagerly() -> contextlib.AbstractContextManager:
+    """Context in which values are at hand, while a function is being traced too."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope()
+    return contextlib.nullcontext()
+
+
+class Tap:
+    """Takes a tensor out of a compiled step: `put` within it, `get` outside.
+
+    Args:
+        shape: of the float32 tensor.
+    """
+
+    def __init__(self, shape: Sequence[int]):
+        self._last: Any = None
+        if keras.backend.backend() == "tensorflow":
+            self._last = keras.Variable(ops.zeros(shape), trainable=False)
+
+    def put(self, x: Tensor) -> None:
+        """Keeps the tensor; the last one stays."""
+        if keras.backend.backend() == "jax":
+            import jax
+
+            jax.debug.callback(lambda value: setattr(self, "_last", value), x)
+        else:
+            self._last.assign(x)
+
+    def get(self) -> Any:
+        """The last tensor as an array, None where there was none."""
+        if keras.backend.backend() == "jax":
+            import jax
+
+            jax.effects_barrier()
+        return None if self._last is None else ops.convert_to_numpy(self._last)
+
+
+def value(x: Any) -> Tensor:
+    """A variable's value now, or a gradient, as a plain tensor.
+
+    TensorFlow gives the gradient of an embedding as rows, and `keras.ops` pass a
+    variable on as it is, so that it would be read later, after the next assignment.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.convert_to_tensor(x)
+    return ops.convert_to_tensor(x)
 
 
 def squared_difference(x: Tensor, y: Tensor) -> Tensor:

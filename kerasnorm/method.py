@@ -99,11 +99,13 @@ class Options:
             correctly at that site; `"keras"` insists on it, `"kerasnorm"` never does.
         force: override refusals that guard against degenerate statistics.
         arguments: arguments of the target layer, such as `groups` or `epsilon`.
+        planned: path -> serialized layer of what the same plan replaces already.
     """
 
     layers: str = "auto"
     force: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    planned: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Method:
     adopt: Callable[[Source, Site, Options], Adoption | Refusal] | None
     carry: Callable[[Source, Mapping[str, tuple[Any, Any]]], None] | None
     wrap: Callable[[Site, Options], Adoption | Refusal | None] | None
+    start: Callable[[Any, Sequence[Any], Any], None] | None
     claims: Mapping[str, bool | None]
     cases: tuple[Case, ...]
     checks: tuple[Callable[..., None], ...]
@@ -203,6 +206,7 @@ def declare(
     adopt: Callable[[Source, Site, Options], Adoption | Refusal] | None = None,
     carry: Callable[[Source, Mapping[str, tuple[Any, Any]]], None] | None = None,
     wrap: Callable[[Site, Options], Adoption | Refusal | None] | None = None,
+    start: Callable[[Any, Sequence[Any], Any], None] | None = None,
     claims: Mapping[str, bool | None] | None = None,
     cases: Sequence[Case] = (),
     checks: Sequence[Callable[..., None]] = (),
@@ -229,6 +233,9 @@ def declare(
         wrap: of weight methods: pure planning rule `(site, options) -> Adoption |
             Refusal | None` for a layer with kernels, whatever normalizes its outputs;
             None where the layer is no such layer.
+        start: of methods that the paper starts from more than a layer's own
+            initializers: `(model, its layers of the method, a batch of inputs)`, for a
+            model whose weights are fresh.
         claims: property name -> True, False (a counterexample must be found) or None.
         cases: configurations and shapes for the generated tests.
         checks: further tests of this method alone, functions without arguments.
@@ -259,6 +266,7 @@ def declare(
         adopt=adopt,
         carry=carry,
         wrap=wrap,
+        start=start,
         claims=dict(claims or {}),
         cases=tuple(cases),
         checks=tuple(checks),

@@ -96,7 +96,7 @@ def _opaque_calls(
 ) -> Iterator[tuple[Any, tuple, dict]]:
     """The outermost layers without a graph, with symbolic inputs to run them on."""
     if program is None:
-        spec = _spec_from_build(model)
+        spec = spec_from_build(model)
         if spec is not None:
             yield model, (spec,), {}
         return
@@ -116,7 +116,7 @@ def _opaque_calls(
             yield i.operation, args, {k: v for k, v in kwargs.items() if v is not None}
 
 
-def _spec_from_build(model: Any) -> Any:
+def spec_from_build(model: Any) -> Any:
     """Symbolic inputs of the shapes a subclassed model was built with."""
     shapes = (model.get_build_config() or {}).get("input_shape")
     if shapes is None:

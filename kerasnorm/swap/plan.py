@@ -207,7 +207,8 @@ def plan(
                 )
                 if answer is not None:
                     builder.add(site, type(site.layer).__name__, target, answer)
-        options = Options(layers, force)
+        planned = {e.path: e.layer for s in builder.steps for e in s.edits}
+        options = Options(layers, force, planned=planned)
     if around is not None and around.wrap is not None:
         held: list[str] = []
         for site in site_map:

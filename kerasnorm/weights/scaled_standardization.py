@@ -8,9 +8,10 @@ from keras import ops
 
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import CASES, CLAIMS, oracle_of
+from kerasnorm.reparametrized import CASES, CLAIMS, Reparametrized, oracle_of
 from kerasnorm.weights.standardization import WeightStandardization
 from kerasnorm.wrapping import rules
+from rewriters.program import Program, is_graph
 
 
 # 1 / sqrt(var(f(z))) for standard normal z; of the normalizer-free networks' own
@@ -73,6 +74,33 @@ class ScaledWeightStandardization(WeightStandardization):
         return gain * ops.rsqrt(ops.maximum(fan_in * variance, self.epsilon))
 
 
+def start(model, layers, x):
+    """Gives each layer the gain of the activation whose output it reads."""
+    if not is_graph(model):
+        return
+    program = Program(model)
+    for layer in layers:
+        i = next((i for i in program.instructions if i.operation is layer), None)
+        name = _activation_before(program, i.inputs[0]) if i is not None else None
+        layer.gain = name if name in GAINS else 1.0
+
+
+def _activation_before(program, value):
+    """Name of the activation behind a value, through layers that have none."""
+    producer = program.producer.get(value)
+    if producer is None:
+        return None
+    operation = producer.operation
+    if isinstance(operation, keras.layers.ReLU):
+        return "relu"
+    found = getattr(getattr(operation, "activation", None), "__name__", "linear")
+    found = type(operation).__name__.lower() if found == "linear" else found
+    if found in GAINS:
+        return found
+    looked = len(producer.inputs) == 1 and not isinstance(operation, Reparametrized)
+    return _activation_before(program, producer.inputs[0]) if looked else None
+
+
 def kernel_of_paper(v, weights, config, training):
     gain = {"relu": 1.7139588594436646}.get(config.get("gain", ""), 1.0)
     root = np.sqrt(np.maximum(len(v) * v.var(0), 1e-4))
@@ -97,6 +125,7 @@ declare(
     invariance="filter",
     oracle=oracle_of(kernel_of_paper),
     **rules(ScaledWeightStandardization),
+    start=start,
     cases=(
         *CASES,
         Case({"layer": keras.layers.Dense(3), "gain": "relu"}, (4, 5)),

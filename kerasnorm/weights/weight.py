@@ -13,7 +13,7 @@ from kerasnorm.errors import KerasNormError
 from kerasnorm.method import declare
 from kerasnorm.reparametrized import CASES, CLAIMS, Reparametrized, oracle_of
 from kerasnorm.wrapping import rules
-from rewriters.program import Program
+from rewriters.program import Program, is_graph
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -127,6 +127,19 @@ def initialize(model: Any, x: Any, epsilon: float = 1e-10) -> None:
         )
 
 
+def start(model, layers, x):
+    """As the paper starts: from data, where the layers can take it in."""
+    able = [
+        w
+        for w in layers
+        if len(w.kernels) == 1
+        and getattr(w.layer, "bias", None) is not None
+        and getattr(w.layer, "activation", None) in (None, keras.activations.linear)
+    ]
+    if able and is_graph(model):
+        initialize(model, x)
+
+
 def check_wrapping_changes_nothing():
     rng = np.random.default_rng(0)
     layers = keras.layers
@@ -201,6 +214,7 @@ declare(
     invariance="filter",  # in v; g sets the scale
     oracle=oracle_of(lambda v, p, *_: p["g"] * v / np.sqrt(np.sum(v**2, 0))),
     **rules(WeightNormalization),
+    start=start,
     cases=CASES,
     claims=CLAIMS,
     checks=(

@@ -1,0 +1,274 @@
+"""Robust accuracy while a model trains."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.src.utils.io_utils import print_msg  # has no public name
+
+from kerasnorm.adversarial.evaluate import Evaluator
+from kerasnorm.adversarial.evaluation import Evaluation
+from kerasnorm.adversarial.reading import read_settings
+from kerasnorm.errors import KerasNormError
+
+
+class AdversarialEvaluation(keras.callbacks.Callback):
+    """Attacks the model on fixed inputs, and logs what it still gets right.
+
+    Logged are `val_<attack>_accuracy` for every attack, `val_robust_accuracy` after all
+    of them and `val_clean_accuracy` on the same inputs; with several radii the names
+    end in `_eps<radius>`, and those without are of the largest. Put it in front of the
+    callbacks that shall see them: `callbacks=[AdversarialEvaluation(...),
+    EarlyStopping("val_pgd_accuracy", mode="max"), ModelCheckpoint(...)]`.
+
+    Nothing of the training is changed, to the last bit: no weight, no moving statistic,
+    no state of a random generator. Each attack is compiled once, in the first epoch.
+
+    ```python
+    robust = AdversarialEvaluation(x_val, y_val, ["pgd", "apgd-ce"], eps=8 / 255)
+    model.fit(x, y, validation_data=(x_val, y_val), callbacks=[robust])
+    robust.plot("robustness.png")
+    ```
+
+    Args:
+        x, y: inputs and classes, as for `kerasnorm.adversarial.evaluate`.
+        attacks, norm, eps: as there; PGD with 20 steps by default.
+        samples: at most this many of the inputs, evenly spaced; None for all.
+        every: epochs between two evaluations, counted from epoch 0. The first epoch of
+            every `fit` is evaluated in any case. In the epochs between, the last values
+            are logged again, so that every epoch has them.
+        every_steps: also evaluate after this many training steps, counted from the
+            start of `fit`; these go to `history` alone.
+        ema: attack the exponential moving average of the weights that the optimizer
+            keeps (`use_ema=True`).
+        weight_norms: log `weight_norm` beside, the l2 norm of all kernels together.
+        prefix: of the logged names.
+        file: a `.jsonl` file that every evaluation is appended to; a training that
+            was interrupted goes on with the values in it.
+        model: attack this one instead, for example an average kept by other means.
+        verbose: 1 shows a progress bar and a line of results, 0 nothing.
+        **settings: as for `kerasnorm.adversarial.Evaluator`: `bounds`, `batch_size`,
+            `preprocessing`, `outputs`, `attacked`, `alone`, `seed`, ...
+
+    Attributes:
+        history: one dict per evaluation: `epoch`, `step`, `seconds`, what was logged.
+        evaluation: the last `Evaluation`.
+        seconds: all time spent in evaluations, and `share` of the time of training.
+
+    Raises:
+        KerasNormError: at the start of training, as `evaluate`; a setting that makes no
+            sense; `ema` and an optimizer that keeps no average.
+    """
+
+    def __init__(
+        self,
+        x: Any,
+        y: Any,
+        attacks: Any = None,
+        norm: Any = "linf",
+        eps: Any = 8 / 255,
+        *,
+        samples: int | None = 500,
+        every: int = 1,
+        every_steps: int | None = None,
+        ema: bool = False,
+        weight_norms: bool = False,
+        prefix: str = "val_",
+        file: str | os.PathLike[str] | None = None,
+        model: Any = None,
+        verbose: int = 0,
+        **settings: Any,
+    ):
+        super().__init__()
+        if attacks is None:
+            from kerasnorm.adversarial.gradient import pgd
+
+            attacks = pgd(steps=20)
+        for name, value in (
+            ("samples", samples),
+            ("every", every),
+            ("every_steps", every_steps),
+        ):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise KerasNormError(
+                    f"{name} is no positive whole number", got=repr(value)
+                )
+        if ema and model is not None:
+            raise KerasNormError(
+                "either the average that the optimizer keeps, or another model",
+                got="ema=True and a model",
+            )
+        self.x, self.y = x, y
+        self.settings = {
+            "attacks": attacks,
+            "norm": norm,
+            "eps": eps,
+            "verbose": verbose,
+            **settings,
+        }
+        self.samples, self.every, self.every_steps = samples, every, every_steps
+        self.ema, self.weight_norms, self.prefix = ema, weight_norms, prefix
+        self.file = None if file is None else Path(file)
+        self.other, self.verbose = model, verbose
+        self.history: list[dict[str, float]] = []
+        self.evaluation: Evaluation | None = None
+        self.seconds = 0.0
+        self._evaluator: Evaluator | None = None
+        self._last: dict[str, float] | None = None
+        self._epoch, self._steps, self._began, self._spent = 0, 0, 0.0, 0.0
+        read_settings(attacks, norm, eps)
+
+    @property
+    def share(self) -> float:
+        """Share of the time of the last `fit` spent in evaluations."""
+        total = time.perf_counter() - self._began
+        return self._spent / total if total > 0 else 0.0
+
+    def _make(self, model: Any, replaced: Any = ()) -> Evaluator:
+        return Evaluator(model, replaced=replaced, **self.settings)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._began, self._spent, self._steps = time.perf_counter(), 0.0, 0
+        self._last = None
+        self.x, self.y = _spaced(self.x, self.samples), _spaced(self.y, self.samples)
+        self._begin()
+        if self.file is not None and self.file.exists():
+            lines = self.file.read_text("utf-8").splitlines()
+            self.history = [json.loads(line) for line in lines if line.strip()]
+
+    def _begin(self) -> None:
+        """Mistakes show now, not after the first epoch."""
+        model = self.other or self.model
+        if self.ema and not getattr(_inner(model.optimizer), "use_ema", False):
+            raise KerasNormError(
+                "the optimizer keeps no average of the weights",
+                got=type(_inner(model.optimizer)).__name__,
+                fix="Give it use_ema=True",
+            )
+        if model.built:
+            self._make(model).prepare(self.x, self.y)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._steps += 1
+        if self.every_steps and self._steps % self.every_steps == 0:
+            self._evaluate(step=self._steps)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if epoch % self.every == 0 or self._known(epoch) is None:
+            self._last = self._evaluate(step=None)
+        else:
+            self._last = self._known(epoch)
+        if logs is not None:
+            logs.update(self._last or {})
+
+    def _known(self, epoch: int) -> dict[str, float] | None:
+        """What was logged in an earlier epoch of this run, or of one before it."""
+        if self._last is not None:
+            return self._last
+        before = [h for h in self.history if h["epoch"] < epoch and h["step"] is None]
+        if not before:
+            return None
+        marks = ("epoch", "step", "seconds")
+        return {k: v for k, v in before[-1].items() if k not in marks}
+
+    def _evaluate(self, step: int | None) -> dict[str, float]:
+        started = time.perf_counter()
+        model = self.other or self.model  # on JAX, asking for it brings it up to date
+        if self._evaluator is None:
+            self._evaluator = self._make(model, self._averages())
+        found = self.evaluation = self._evaluator(self.x, self.y)
+        values = self._values(found)
+        if self.weight_norms:
+            values["weight_norm"] = weight_norm(model)
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self._spent += seconds
+        entry: dict[str, Any] = {"epoch": self._epoch, "step": step, "seconds": seconds}
+        entry.update(values)
+        self.history.append(entry)
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(entry) + "\n")
+        if self.verbose:
+            print_msg(
+                "\n"
+                + ", ".join(f"{k}: {v:.4f}" for k, v in values.items())
+                + f" ({seconds:.1f} s, {100 * self.share:.0f} % of the time so far)"
+            )
+        return values
+
+    def _values(self, found: Evaluation) -> dict[str, float]:
+        values = {"clean_accuracy": found.clean_accuracy}
+        for result in found.attacks:
+            name = f"{result.name}_accuracy"
+            if len(found.eps) > 1:
+                values[f"{name}_eps{result.eps:.4g}"] = result.accuracy
+            values[name] = result.accuracy  # the largest radius comes last
+        values["robust_accuracy"] = found.robust_accuracy
+        return {self.prefix + name: float(value) for name, value in values.items()}
+
+    def _averages(self) -> list[tuple[Any, Any]]:
+        if not self.ema:
+            return []
+        optimizer = _inner(self.model.optimizer)
+        averages = optimizer._model_variables_moving_average
+        return list(zip(optimizer._trainable_variables, averages, strict=True))
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the accuracies over the epochs, and the weight norm if it was logged.
+
+        Args:
+            path: where to save the figure; not saved when None.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            KerasNormError: nothing was evaluated yet; matplotlib is not installed.
+        """
+        from kerasnorm.adversarial.plots import training
+
+        entries = [h for h in self.history if h["step"] is None]
+        if not entries:
+            raise KerasNormError("there is nothing to draw", got="no evaluation yet")
+        names = [k for k in entries[0] if k.endswith("accuracy")]
+        return training(entries, names, path)
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer itself, where loss scaling is wrapped around it."""
+    return getattr(optimizer, "inner_optimizer", None) or optimizer
+
+
+def weight_norm(model: Any) -> float:
+    """The l2 norm of all kernels of a model together: trainable, two axes or more."""
+    squares = [
+        float(np.sum(np.square(ops.convert_to_numpy(v.value), dtype="float64")))
+        for v in model.trainable_variables
+        if len(v.shape) > 1
+    ]
+    return math.sqrt(sum(squares))
+
+
+def _spaced(data: Any, samples: int | None) -> Any:
+    """Evenly spaced rows of arrays, or of lists and dicts of arrays."""
+    if isinstance(data, Mapping):
+        return {k: _spaced(v, samples) for k, v in data.items()}
+    if isinstance(data, (list, tuple)) and data and hasattr(data[0], "shape"):
+        return type(data)(_spaced(v, samples) for v in data)
+    data = np.asarray(ops.convert_to_numpy(data) if hasattr(data, "dtype") else data)
+    if samples is None or not data.ndim or len(data) <= samples:
+        return data
+    return data[np.linspace(0, len(data) - 1, samples).astype(int)]

@@ -1,0 +1,221 @@
+"""Backend-specific code, second part: gradients at inputs, compiled programs that
+change no variable, and the insides of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from kerasnorm import backend
+
+
+Tensor = Any
+
+
+def value_and_gradient(
+    f: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor
+) -> tuple[Tensor, Any, Tensor]:
+    """`f(x) = (rows, aux)`; returns rows, aux and the gradient of `sum(rows)`."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            rows, aux = f(x)
+        unconnected = tf.UnconnectedGradients.ZERO
+        return rows, aux, tape.gradient(rows, x, unconnected_gradients=unconnected)
+    import jax
+
+    rows, pull, aux = jax.vjp(f, x, has_aux=True)
+    return rows, aux, pull(ops.ones_like(rows))[0]
+
+
+def value_and_gradients(
+    f: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """`f(x)`, `(rows, k)`, and the gradient of each of its columns."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            y = f(x)
+            columns = tf.unstack(y, axis=1)
+        unconnected = tf.UnconnectedGradients.ZERO
+        return y, [
+            tape.gradient(c, x, unconnected_gradients=unconnected) for c in columns
+        ]
+    import jax
+
+    y, pull = jax.vjp(f, x)
+    units = [ops.zeros_like(y).at[:, k].set(1.0) for k in range(y.shape[1])]
+    return y, [pull(unit)[0] for unit in units]
+
+
+def xla_pays() -> bool:
+    """Whether XLA is on unless asked otherwise: always on JAX, which has nothing else;
+    on TensorFlow not on a CPU, where attack loops ran slower under it."""
+    return keras.backend.backend() == "jax" or not backend.on_cpu()
+
+
+class Compiled:
+    """A function that reads variables, compiled once per shape and never writing them.
+
+    Whatever the function assigns (moving statistics, states of random generators) is
+    forgotten when it returns.
+
+    Args:
+        f: function of a nested structure of tensors; those of rank 1 and more have the
+            batch in front.
+        variables: pairs `(variable, read instead)` of the Keras variables `f` reads;
+            their values are read anew at every call.
+        jit: through XLA; None where it pays.
+
+    Attributes:
+        traces: how often `f` was traced so far.
+        fixed: each batch size compiles anew; otherwise one program serves all.
+    """
+
+    def __init__(
+        self,
+        f: Callable,
+        variables: Sequence[tuple[Any, Any]],
+        jit: bool | None = None,
+    ):
+        jit = xla_pays() if jit is None else jit
+        on_jax = keras.backend.backend() == "jax"
+        self.f, self.variables, self.jit = f, list(variables), jit
+        self.traces, self.fixed = 0, jit or on_jax
+        self._compiled: dict[Any, Callable] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        if keras.backend.backend() == "jax":
+            import jax
+
+            if not self._compiled:
+                self._compiled[()] = (
+                    jax.jit(self._on_values) if (self.jit) else self._on_values
+                )
+            values = [source.value for _, source in self.variables]
+            return self._compiled[()](values, *args)
+        import tensorflow as tf
+
+        args = tf.nest.map_structure(tf.convert_to_tensor, args)
+        flat = tf.nest.flatten(args)
+        batch = (lambda t: t.shape[:1]) if self.jit else (lambda t: [None])
+        specs = [
+            tf.TensorSpec([*batch(t), *t.shape[1:]] if t.shape.rank else [], t.dtype)
+            for t in flat
+        ]
+        key = tuple((tuple(s.shape), s.dtype) for s in specs)
+        if key not in self._compiled:
+            signature = tf.nest.pack_sequence_as(args, specs)
+            made = tf.function(
+                self._on_reads, input_signature=signature, jit_compile=self.jit
+            )
+            # It counts traces by place in the source, and every program is made here.
+            made._omit_frequent_tracing_warning = True
+            self._compiled[key] = made
+        return self._compiled[key](*args)
+
+    def _on_values(self, values: Sequence[Any], *args: Any) -> Any:
+        self.traces += 1
+        mapping = [(v, x) for (v, _), x in zip(self.variables, values, strict=True)]
+        with keras.StatelessScope(state_mapping=mapping):
+            return self.f(*args)
+
+    def _on_reads(self, *args: Any) -> Any:
+        self.traces += 1
+        # Only what is replaced is mapped: the others are read where they are, which
+        # keeps every variable's own kind (mirrored, synchronized on reading).
+        mapping = [(v, s.value) for v, s in self.variables if s is not v]
+        with keras.StatelessScope(state_mapping=mapping):
+            return self.f(*args)
+
+
+def in_training(
+    model: Any, state: Sequence[Any], f: Callable[[], Any]
+) -> tuple[Any, list]:
+    """Runs `f` on the variables of a training step.
+
+    Args:
+        model: whose `train_step` is running.
+        state: what it was called with in front of the data: nothing on TensorFlow; on
+            JAX one tuple, the values of all variables.
+        f: reads the model, and may draw from random generators that it holds.
+
+    Returns:
+        What `f` returned, and the state after it.
+    """
+    if not state:
+        return f(), []
+    trainable, fixed, optimizer, metrics = state[0]
+    mapping = list(zip(model.trainable_variables, trainable, strict=True))
+    mapping += zip(model.non_trainable_variables, fixed, strict=True)
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        result = f()
+    fixed = [scope.get_current_value(v) for v in model.non_trainable_variables]
+    return result, [(trainable, fixed, optimizer, metrics)]
+
+
+def train_step(
+    model: Any, state: Sequence[Any], x: Tensor, y: Tensor, sample_weight: Any
+) -> tuple[Any, list, Tensor]:
+    """One training step of Keras, and what it throws away: the gradient at the input.
+
+    Args:
+        model: a compiled model of one input.
+        state: as for `in_training`.
+        x, y, sample_weight: the batch.
+
+    Returns:
+        Logs, the state after the step, and the gradient of the loss at `x`.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y_pred = model(x, training=True)
+            loss = model._compute_loss(
+                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            )
+            unscaled = loss
+            strategy = tf.distribute.get_strategy()
+            if strategy.num_replicas_in_sync > 1:
+                unscaled = loss * strategy.num_replicas_in_sync
+            rows: Any = tf.shape(x)
+            model._loss_tracker.update_state(unscaled, sample_weight=rows[0])
+            loss = model.optimizer.scale_loss(loss)
+        weights = model.trainable_weights
+        *gradients, at_x = tape.gradient(loss, [*weights, x])
+        model.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        logs = model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+        return logs, [], at_x
+    import jax
+
+    trainable, fixed, optimizer, metrics = state[0]
+    both = jax.value_and_grad(
+        model.compute_loss_and_updates, argnums=(0, 3), has_aux=True
+    )
+    (_, aux), (gradients, at_x) = both(
+        trainable,
+        fixed,
+        metrics,
+        x,
+        y,
+        sample_weight,
+        training=True,
+        optimizer_variables=optimizer,
+    )
+    loss, y_pred, fixed, metrics = aux
+    trainable, optimizer = model.optimizer.stateless_apply(
+        optimizer, gradients, trainable
+    )
+    logs, metrics = model._update_metrics_variables(
+        metrics, loss, x, y, y_pred, sample_weight
+    )
+    return logs, [(trainable, fixed, optimizer, metrics)], at_x

@@ -64,6 +64,7 @@ def saved_model(tmp_path_factory):
     )
     model.save(folder / "model.keras")
     np.savez(folder / "images.npz", x=x)
+    np.savez(folder / "xy.npz", x=x, y=np.arange(64) % 4)
     return folder
 
 

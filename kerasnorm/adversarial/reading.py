@@ -1,0 +1,132 @@
+"""Radii, bounds and labels, checked before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from kerasnorm.adversarial.attack import Attack, read
+from kerasnorm.adversarial.ball import canonical
+from kerasnorm.errors import KerasNormError
+
+
+def read_settings(
+    attacks: Any, norm: Any, eps: Any
+) -> tuple[list[Attack], str, tuple[float, ...]]:
+    """Attacks, the name of the norm, and radii.
+
+    Raises:
+        KerasNormError: one of them makes no sense, or they do not go together.
+    """
+    norm, radii, found = canonical(norm), read_radii(eps), read(attacks)
+    for attack in found:
+        if norm not in attack.norms:
+            raise KerasNormError(
+                f"{attack.name!r} does not work by this norm",
+                got=norm,
+                expected=" or ".join(attack.norms),
+            )
+        if np.isinf(radii[-1]) and not attack.minimal:
+            raise KerasNormError(
+                f"{attack.name!r} needs a radius",
+                got="eps=inf",
+                expected="a finite one",
+                fix="fab-t, deepfool and cw-l2 look for distances",
+            )
+    return found, norm, radii
+
+
+def read_radii(eps: Any) -> tuple[float, ...]:
+    """Radii, growing, none twice.
+
+    Raises:
+        KerasNormError: a negative one, NaN, or no numbers.
+    """
+    try:
+        given = np.atleast_1d(np.asarray(eps, "float64"))
+    except (TypeError, ValueError):
+        given = np.array([np.nan])
+    if given.ndim != 1 or not given.size or np.isnan(given).any() or (given < 0).any():
+        raise KerasNormError(
+            "eps is no radius",
+            got=repr(eps),
+            expected="one number, or a list of numbers, none of them negative or NaN",
+        )
+    return tuple(float(e) for e in np.unique(given))
+
+
+def read_bounds(bounds: Any, x: np.ndarray) -> tuple[Any, Any]:
+    """Lowest and highest values of the inputs, checked against them.
+
+    Raises:
+        KerasNormError: not a pair, the wrong way round, or inputs beyond them.
+    """
+    if not np.isfinite(x).all():
+        bad = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1))
+        raise KerasNormError(
+            "the inputs have NaN or infinite values",
+            got=f"{len(bad)} of {len(x)}, the first at index {bad[0]}",
+        )
+    if bounds is None:
+        return float(x.min()), float(x.max())
+    try:
+        low, high = (np.asarray(b, "float32") for b in bounds)
+        np.broadcast_shapes(low.shape, high.shape, x.shape)
+        fine = bool(np.all(low < high)) and max(low.ndim, high.ndim) < x.ndim
+    except (TypeError, ValueError):
+        low = high = np.zeros(())
+        fine = False
+    if not fine:
+        raise KerasNormError(
+            "the bounds are no pair of lowest and highest values",
+            got=repr(bounds),
+            expected="bounds=(0, 1), or arrays that broadcast against one input",
+        )
+    beyond = ((x < low) | (x > high)).reshape(len(x), -1).any(1)
+    if beyond.any():
+        raise KerasNormError(
+            "inputs lie out of bounds",
+            got=f"{beyond.sum()} of {len(x)}, with values {x.min():.6g} to"
+            f" {x.max():.6g}",
+            expected=f"{_short(low)} to {_short(high)}",
+            fix="Give the bounds of the data: bounds=(0, 255), or bounds=None",
+        )
+    return (low, high) if low.ndim or high.ndim else (float(low), float(high))
+
+
+def _short(b: np.ndarray) -> str:
+    return f"{b.min():.6g}" if b.min() == b.max() else f"[{b.min():.6g}..{b.max():.6g}]"
+
+
+def read_labels(y: Any, n: int, classes: int) -> np.ndarray:
+    """Classes as `(n,)` int32, from integers or one-hot rows.
+
+    Raises:
+        KerasNormError: another shape, or classes that the model does not have.
+    """
+    a = np.asarray(ops.convert_to_numpy(y) if hasattr(y, "dtype") else y)
+    if a.ndim == 2 and a.shape[1] == 1:
+        a = a[:, 0]
+    if a.ndim == 2 and a.shape == (n, classes):
+        if not ((a.sum(1) == 1).all() and ((a == 0) | (a == 1)).all()):
+            raise KerasNormError(
+                "the labels are not one-hot",
+                got=f"rows such as {a[0].tolist()}",
+                expected="a single 1 in each row",
+            )
+        a = a.argmax(1)
+    if a.shape != (n,) or a.dtype.kind not in "iubf" or (a != np.floor(a)).any():
+        raise KerasNormError(
+            "the labels do not fit the inputs",
+            got=f"shape {np.shape(y)}, dtype {a.dtype}",
+            expected=f"integers ({n},) or one-hot rows ({n}, {classes})",
+        )
+    if n and (a.min() < 0 or a.max() >= classes):
+        raise KerasNormError(
+            "labels name classes that the model does not have",
+            got=f"{a.min():g} to {a.max():g}",
+            expected=f"0 to {classes - 1}",
+        )
+    return a.astype("int32")

@@ -1,0 +1,350 @@
+"""A model as attacks see it: logits of classes as a function of one of its inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from kerasnorm.errors import KerasNormError
+from rewriters.program import is_graph
+
+
+Tensor = Any
+OUTPUTS = ("auto", "logits", "probabilities")
+
+
+class Victim:
+    """A classifier under attack.
+
+    Args:
+        model: a built Keras model with one output, `(rows, classes)`; one unit means
+            two classes.
+        outputs: what the model gives: `"logits"`, `"probabilities"`, or `"auto"`, found
+            from its last activation. Probabilities made by a last softmax or sigmoid
+            are attacked in front of it, as behind it gradients vanish; others by their
+            logarithms.
+        preprocessing: function of a tensor between the attacked input and the model,
+            differentiable.
+        attacked: which input, by place, name or key, where there are several.
+        replaced: pairs `(variable, read instead)`, for averaged weights.
+
+    Raises:
+        KerasNormError: not one output of classes; an attacked input of integers.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        outputs: str = "auto",
+        preprocessing: Callable | None = None,
+        attacked: int | str | None = None,
+        replaced: Sequence[tuple[Any, Any]] = (),
+    ):
+        if outputs not in OUTPUTS:
+            raise KerasNormError(
+                "no such kind of outputs",
+                got=repr(outputs),
+                expected=" or ".join(map(repr, OUTPUTS)),
+            )
+        if not isinstance(model, keras.Model):
+            raise KerasNormError(
+                "only Keras models can be attacked", got=type(model).__name__
+            )
+        self.model, self.preprocessing = model, preprocessing
+        self.attacked, self.kind = attacked, outputs
+        self.replaced = {id(v): source for v, source in replaced}
+        self.structure: Any = 0
+        self.place, self.units = 0, 0
+        self.ending: Any = None
+
+    @property
+    def classes(self) -> int:
+        """How many classes it tells apart."""
+        return max(self.units, 2)
+
+    def variables(self) -> list[tuple[Any, Any]]:
+        """All variables it may read, each with the one that is read in its place."""
+        return [(v, self.replaced.get(id(v), v)) for v in self.model.variables]
+
+    # --------------------------------------------------------------- reading
+
+    def open(self, x: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Learns how the model is called, and by whom its outputs are made.
+
+        Args:
+            x: inputs, as the model's `predict` takes them.
+
+        Returns:
+            The attacked input, and the others.
+        """
+        leaves = [np.asarray(ops.convert_to_numpy(a)) for a in tree.flatten(x)]
+        self.structure = tree.pack_sequence_as(x, list(range(len(leaves))))
+        self.place = self._place(x, len(leaves))
+        if any(a.ndim == 0 for a in leaves) or len({len(a) for a in leaves}) != 1:
+            raise KerasNormError(
+                "the inputs have different numbers of samples",
+                got=[a.shape for a in leaves],
+            )
+        if not len(leaves[0]):
+            raise KerasNormError(
+                "there is nothing to attack",
+                got="an empty set",
+                expected="at least one input",
+            )
+        attacked = leaves.pop(self.place)
+        if attacked.dtype.kind not in "fiub" and attacked.dtype.name != "bfloat16":
+            raise KerasNormError(
+                "the attacked input holds no numbers", got=f"dtype {attacked.dtype}"
+            )
+        self._check_inputs(attacked)
+        attacked = np.ascontiguousarray(attacked, "float32")
+        if not self.units:
+            self._read_outputs(attacked, leaves)
+        return attacked, leaves
+
+    def _place(self, x: Any, count: int) -> int:
+        if isinstance(self.attacked, str):
+            names = list(x) if isinstance(x, dict) else []
+            inputs = getattr(self.model, "inputs", None) or ()
+            names = names or [t.name for t in inputs]
+            if self.attacked not in names:
+                raise KerasNormError(
+                    "no such input", got=repr(self.attacked), expected=", ".join(names)
+                )
+            if isinstance(x, dict):
+                return tree.flatten({k: k == self.attacked for k in x}).index(True)
+            return names.index(self.attacked)
+        if self.attacked is None and count > 1:
+            raise KerasNormError(
+                "which of the inputs is attacked is not known",
+                got=f"{count} inputs",
+                fix="Say so: attacked=0, or attacked='name'",
+            )
+        if not 0 <= (self.attacked or 0) < count:
+            raise KerasNormError(
+                "no such input", got=self.attacked, expected=f"0 to {count - 1}"
+            )
+        return self.attacked or 0
+
+    def _check_inputs(self, x: np.ndarray) -> None:
+        inputs = getattr(self.model, "inputs", None) or ()
+        if self.preprocessing is not None or len(inputs) <= self.place:
+            return
+        wanted = inputs[self.place]
+        shape, dtype = (
+            tuple(wanted.shape),
+            keras.backend.standardize_dtype(wanted.dtype),
+        )
+        pairs = zip(shape[1:], x.shape[1:], strict=False)
+        if len(shape) != x.ndim or any(w not in (None, g) for w, g in pairs):
+            raise KerasNormError(
+                "the data does not fit the attacked input",
+                got=f"shape {x.shape}",
+                expected=f"shape {shape}",
+            )
+        if "float" not in dtype:
+            raise KerasNormError(
+                "an input of integers has no gradient to follow",
+                got=f"input {wanted.name!r} of dtype {dtype}",
+                expected="a floating input",
+            )
+
+    def _read_outputs(self, x: np.ndarray, others: Sequence[np.ndarray]) -> None:
+        rows = [ops.convert_to_tensor(a[:2]) for a in (x, *others)]
+        with keras.StatelessScope() if self.model.built else contextlib.nullcontext():
+            y = self.plain(rows[0], rows[1:])
+        flat = tree.flatten(y)
+        if len(flat) != 1 or len(flat[0].shape) != 2 or flat[0].shape[-1] is None:
+            raise KerasNormError(
+                "the outputs are not classes",
+                got=f"shape {[tuple(t.shape) for t in flat]}",
+                expected="one output, (rows, classes)",
+                fix="Attack a model of the output that holds the classes",
+            )
+        self.units = int(flat[0].shape[-1])
+        values = ops.convert_to_numpy(ops.cast(flat[0], "float32"))
+        self.ending = None if self.kind == "logits" else _ending(self.model)
+        if self.ending is not None and not self._ends(rows, values):
+            self.ending = None
+        if self.kind == "auto":
+            sums = (
+                np.abs(values.sum(1) - 1) if self.units > 1 else np.zeros(len(values))
+            )
+            shares = bool(((values >= 0) & (values <= 1)).all() and (sums < 1e-2).all())
+            known = self.ending is not None or (shares and self.units > 1)
+            self.kind = "probabilities" if known else "logits"
+
+    def _ends(self, rows: Sequence[Tensor], values: np.ndarray) -> bool:
+        """Whether the activation that was found makes the outputs of the logits; a
+        graph says so itself."""
+        with keras.StatelessScope(), _without(self.ending):
+            z = ops.cast(self.plain(rows[0], rows[1:]), "float32")
+        p = ops.sigmoid(z) if self.units == 1 else ops.softmax(z, axis=-1)
+        gap = np.abs(ops.convert_to_numpy(p) - values).max()
+        return bool(gap < 2e-2 or is_graph(self.model))
+
+    def assume(self) -> None:
+        """As `open`, where there are no data yet: one input, and outputs that are
+        logits unless an activation or the user says otherwise."""
+        inputs = getattr(self.model, "inputs", None)
+        if inputs is not None and len(inputs) != 1:
+            raise KerasNormError(
+                "adversarial training moves one input", got=f"{len(inputs)} inputs"
+            )
+        outputs = tree.flatten(getattr(self.model, "outputs", None) or [])
+        if len(outputs) == 1 and len(outputs[0].shape) == 2:
+            self.units = outputs[0].shape[-1]
+        elif inputs is None and self.model.built:
+            shape = (self.model.get_build_config() or {}).get("input_shape")
+            shape = shape and self.model.compute_output_shape(tuple(shape))
+            self.units = shape[-1] if shape and len(shape) == 2 else 0
+        if not self.units:
+            raise KerasNormError(
+                "the outputs are not classes, or not known",
+                got=f"{[tuple(t.shape) for t in outputs]}",
+                expected="a built model of one output, (rows, classes)",
+            )
+        graph = inputs is not None and self.kind != "logits"
+        self.ending = _ending(self.model) if graph else None
+        if self.kind == "auto":
+            self.kind = "probabilities" if self.ending is not None else "logits"
+
+    @property
+    def hidden(self) -> bool:
+        """Whether there are probabilities and no way to the logits behind them."""
+        return self.kind == "probabilities" and self.ending is None
+
+    # --------------------------------------------------------------- calling
+
+    def plain(self, x: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
+        """The model's own outputs, in inference mode."""
+        if self.preprocessing is not None:
+            x = self.preprocessing(x)
+        leaves = list(others)
+        leaves.insert(self.place, x)
+        inputs = tree.map_structure(lambda k: leaves[k], self.structure)
+        return self.model(inputs, training=False)
+
+    def logits(self, x: Tensor, others: Sequence[Tensor], seed: Any = None) -> Tensor:
+        """`(rows, classes)` in float32.
+
+        Args:
+            x: the attacked input.
+            others: the further inputs.
+            seed: a `Stream`; gives the random layers of a model that are active even
+                in inference another draw at every call, as they have in use.
+        """
+        with self.redrawn(seed), _without(self.ending):
+            z = ops.cast(self.plain(x, others), "float32")
+        if self.hidden:
+            z = ops.clip(z, 1e-30, 1.0)
+            odds = ops.log(ops.clip(1 - z, 1e-30, 1.0)) if self.units == 1 else 0.0
+            z = ops.log(z) - odds
+        if self.units == 1:
+            z = ops.concatenate([ops.zeros_like(z), z], axis=-1)
+        return z
+
+    def redrawn(self, seed: Any) -> Any:
+        """Context in which every random generator of the model is in another state."""
+        return _redrawn(self.model, seed)
+
+    def decide(self, outputs: np.ndarray) -> np.ndarray:
+        """Classes from the model's own outputs; -1 where these are not finite."""
+        if self.units == 1:
+            classes = outputs[:, 0] > (0.5 if self.kind == "probabilities" else 0.0)
+        else:
+            classes = outputs.argmax(-1)
+        return np.where(np.isfinite(outputs).all(-1), classes, -1).astype("int32")
+
+    def pack(self, x: Any, others: Sequence[Any]) -> Any:
+        """The inputs as `predict` takes them."""
+        if self.preprocessing is not None:
+            x = ops.convert_to_numpy(self.preprocessing(ops.convert_to_tensor(x)))
+        leaves = list(others)
+        leaves.insert(self.place, x)
+        return tree.map_structure(lambda k: leaves[k], self.structure)
+
+
+# --------------------------------------------------------- the last activation
+
+
+def _ending(model: Any) -> Any:
+    """The operation that makes probabilities of logits at the end of a model, None
+    where there is none, or where it is also used elsewhere."""
+    layer: Any = model
+    while isinstance(layer, keras.Model):
+        if is_graph(layer):
+            outputs = layer.outputs
+            layer = outputs[0]._keras_history.operation if len(outputs) == 1 else None
+        elif isinstance(layer, keras.Sequential) and layer.layers:
+            layer = layer.layers[-1]
+        else:
+            return _ending_of_subclass(model)
+    nodes = getattr(layer, "_inbound_nodes", ())
+    return layer if _kind(layer) and len(nodes) <= 1 else None
+
+
+def _ending_of_subclass(model: Any) -> Any:
+    """Of layers without a recorded graph, the last one made is called last."""
+    layers = list(model._flatten_layers(include_self=False, recursive=False))
+    return layers[-1] if layers and _kind(layers[-1]) else None
+
+
+def _kind(operation: Any) -> str | None:
+    """How it can be taken off: by its activation, or as a whole."""
+    squash = (keras.activations.softmax, keras.activations.sigmoid)
+    if getattr(operation, "activation", None) in squash:
+        return "activation"
+    whole = type(operation).__name__ in ("Softmax", "Sigmoid")
+    plain = getattr(operation, "axis", -1) in (-1, 1)
+    return "whole" if whole and plain else None
+
+
+@contextlib.contextmanager
+def _without(operation: Any) -> Iterator[None]:
+    """Takes the activation off while a model is traced."""
+    if operation is None:
+        yield
+        return
+    if _kind(operation) == "activation":
+        kept = operation.activation
+        operation.activation = keras.activations.linear
+        try:
+            yield
+        finally:
+            operation.activation = kept
+        return
+    object.__setattr__(operation, "call", lambda x, *args, **kwargs: x)
+    try:
+        yield
+    finally:
+        object.__delattr__(operation, "call")
+
+
+def random_states(model: Any) -> list[Any]:
+    """Variables that hold the states of a model's random generators."""
+    return [v for v in model.variables if v.name == "seed_generator_state"]
+
+
+@contextlib.contextmanager
+def _redrawn(model: Any, seed: Any) -> Iterator[None]:
+    """Another random state for every generator of the model."""
+    states = random_states(model)
+    if seed is None or not states:
+        yield
+        return
+    outer = keras.src.backend.common.stateless_scope.get_stateless_scope()
+    mapping = [(v, ops.cast(seed.next(), v.dtype)) for v in states]
+    if outer is not None:
+        # A scope hides the one around it, and what that maps.
+        inside = [(v, outer.get_current_value(v)) for v in model.variables]
+        drawn = {id(v) for v in states}
+        mapping += [(v, x) for v, x in inside if x is not None and id(v) not in drawn]
+    with keras.StatelessScope(state_mapping=mapping):
+        yield

@@ -1,7 +1,8 @@
 """The main job on real input: a trained file, batch to group normalization.
 
 Trains a small residual network on scikit-learn's 8x8 digits, saves it, and rewrites
-the file with every fit. The fits see images, never labels.
+the file with every fit. The fits see images, never labels. Then the compass says which
+normalization suits the network, and why.
 
     make demo
 """
@@ -99,6 +100,12 @@ def main():
         print(f"{name:16}{result:10.1%}{result / original:8.1%}{seconds:10.1f}")
     reports["affine"].plot(BUILD / "demo.png", accuracies)
     print("\nfigure, with the share of variance kept at each site: build/demo.png")
+
+    print("\nwhich normalization would suit this network, before any training:\n")
+    compass = kerasnorm.compass(model, x, y)
+    compass.save(BUILD / "compass.html")
+    print(compass)
+    print("\nreport, with figures: build/compass.html")
 
 
 if __name__ == "__main__":

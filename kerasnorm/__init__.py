@@ -23,8 +23,15 @@ from rewriters.formats import load as load
 __version__ = "0.1.0"
 
 
+# Functions of packages that are imported when first asked for.
+_FUNCTIONS = {"compass": "properties"}
+
+
 def __getattr__(name: str) -> object:
     """`kerasnorm.sphere` and the like, imported when first asked for."""
+    if name in _FUNCTIONS:
+        module = _importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}")
+        return getattr(module, name)
     if not name.startswith("_"):
         try:
             return _importlib.import_module(f"{__name__}.{name}")

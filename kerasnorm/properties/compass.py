@@ -1,0 +1,436 @@
+"""`compass`: one model under every method, measured, judged and ranked."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kerasnorm import method as registry
+from kerasnorm.errors import KerasNormError
+from kerasnorm.properties import candidates as making
+from kerasnorm.properties import rules
+from kerasnorm.properties.confirm import Training, train
+from kerasnorm.properties.measure import checked, measure
+from kerasnorm.properties.measurement import Measurement, aligned, finite, number, save
+from kerasnorm.swap.report import markdown
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method at one batch size and learning rate.
+
+    Attributes:
+        name: how the tables call it.
+        method: name of the method.
+        batch_size, learning_rate: what it was measured for.
+        measurement: None where the method does not apply to the model.
+        ruled_out: why, the gravest first; empty where it is not.
+        score: the ranking among what is not ruled out; larger is better.
+        parameters: how many are trained.
+        training: what training it gave, with `confirm`.
+    """
+
+    name: str
+    method: str
+    batch_size: int
+    learning_rate: float
+    measurement: Measurement | None = None
+    ruled_out: tuple[rules.Finding, ...] = ()
+    score: float = float("-inf")
+    parameters: int = 0
+    training: Training | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Why it stands where it stands."""
+        if self.ruled_out:
+            return "; ".join(f.text for f in self.ruled_out)
+        return rules.sentence(self.measurement) if self.measurement else ""
+
+
+@dataclass(frozen=True)
+class Compass:
+    """What `compass` found.
+
+    Attributes:
+        model: name of the model.
+        candidates: best first, then what is ruled out, then what does not apply.
+        weights: `"fresh"` or `"given"`.
+        samples: how many inputs were used.
+        seconds: wall time.
+
+    `print` it; `.plot()`, `.heat_map()`, `.to_json()`; `.save("report.html")`.
+    """
+
+    model: str
+    candidates: tuple[Candidate, ...] = field(default=())
+    weights: str = "fresh"
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> Candidate | None:
+        """The candidate that ranks first; None where all are ruled out."""
+        return next((c for c in self.candidates if not c.ruled_out), None)
+
+    def measurements(self) -> dict[str, Measurement]:
+        """Measurements by the candidate's name, in order."""
+        found = {c.name: c.measurement for c in self.candidates}
+        return {k: v for k, v in found.items() if v is not None}
+
+    def curves(self) -> dict[str, tuple[float, ...]]:
+        """Losses by step of what was trained."""
+        return {c.name: c.training.losses for c in self.candidates if c.training}
+
+    def columns(self) -> list[tuple[str, Callable[[Candidate], tuple[str, float]]]]:
+        """The properties that decide: `(title, candidate -> (text, goodness))`, the
+        goodness in [0, 1]."""
+
+        def total(law: Any) -> float:
+            return law.total if np.isfinite(law.total) and law.total > 0 else 1e38
+
+        def stable(name: str) -> Callable[[Candidate], tuple[str, float]]:
+            def cell(c: Candidate) -> tuple[str, float]:
+                value = total(getattr(c.measurement, name))
+                far = abs(np.log(value)) / np.log(rules.RANGE)
+                return number(value), 1 - min(1.0, far)
+
+            return cell
+
+        def cosine(c: Candidate) -> tuple[str, float]:
+            value = rules.last(c.measurement, "cosine")  # type: ignore[arg-type]
+            return f"{value:.3f}", _goodness(1 - value, 1e-3, 1.0)
+
+        def rank(c: Candidate) -> tuple[str, float]:
+            value = rules.last(c.measurement, "effective_rank")  # type: ignore
+            return number(value), _goodness(value, 1.0, c.batch_size)
+
+        def dependence(c: Candidate) -> tuple[str, float]:
+            value = rules.output(c.measurement, "dependence")  # type: ignore[arg-type]
+            value = value or 0.0
+            return number(value), 1 - min(1.0, value / rules.DEPENDENCE)
+
+        def step(c: Candidate) -> tuple[str, float]:
+            values = c.measurement.profile("relative_step")[1]  # type: ignore
+            return number(float(values.max())), _goodness(
+                values.max(), rules.STEP, 1e-3
+            )
+
+        return [
+            ("variance, last/first", stable("forward")),
+            ("cosine, last", cosine),
+            ("eff. rank, last", rank),
+            ("gradient, first/last", stable("backward")),
+            ("dependence", dependence),
+            ("largest step", step),
+        ]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table, as text."""
+        columns = self.columns()
+        trained = any(c.training for c in self.candidates)
+        head = ["", "method", *(title for title, _ in columns)]
+        head += ["loss after"] if trained else []
+        rows, place = [], 0
+        for c in self.candidates:
+            place += not c.ruled_out
+            mark = str(place) if not c.ruled_out else "-"
+            cells = [f(c)[0] if c.measurement else "" for _, f in columns]
+            after = [number(c.training.final) if c.training else ""] if trained else []
+            rows.append([mark, c.name, *cells, *after, c.sentence])
+        return [*head, "why"], rows
+
+    def summary(self) -> str:
+        """One sentence: how many, which is best, which are ruled out."""
+        out = [c.name for c in self.candidates if c.ruled_out]
+        best = self.best
+        text = f"{len(self.candidates)} candidates for {self.model!r}"
+        text += f", {self.weights} weights, {self.samples} samples: "
+        text += f"{best.name} ranks first" if best else "all are ruled out"
+        if best and out:
+            text += f"; ruled out: {', '.join(out)}"
+        trained = [c for c in self.candidates if c.training]
+        if trained:
+            won = min(trained, key=lambda c: c.training.final)  # type: ignore
+            text += f"; lowest loss after {len(won.training.losses)} steps: {won.name}"  # type: ignore
+        return text + "."
+
+    def table(self) -> str:
+        """The ranking as a table for the terminal, then a sentence each."""
+        head, rows = self.rows()
+        lines = [f"{row[0]:>3} {row[1]}: {row[-1]}" for row in rows]
+        short = aligned(head[:-1], [row[:-1] for row in rows])
+        return "\n".join([short, "", *lines, "", self.summary()])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            **{k: v for k, v in asdict(self).items() if k != "candidates"},
+            "summary": self.summary(),
+            "candidates": [
+                {
+                    **asdict(c),
+                    "sentence": c.sentence,
+                    "measurement": c.measurement and c.measurement.to_dict(),
+                }
+                for c in self.candidates
+            ],
+        }
+
+    def to_json(self) -> str:
+        """The compass as JSON text; what is not finite as null."""
+        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
+
+    def to_html(self) -> str:
+        """The report as one HTML page that holds its figures."""
+        from kerasnorm.properties.html import compass_page
+
+        return compass_page(self)
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws the properties against depth, one line a candidate.
+
+        Args:
+            path: where to save the figure; not saved if None.
+
+        Returns:
+            The matplotlib figure.
+
+        Raises:
+            KerasNormError: matplotlib is not installed (extra `plots`).
+        """
+        from kerasnorm.properties.plots import depth_figure, saved
+
+        faint = [c.name for c in self.candidates if c.ruled_out]
+        return saved(depth_figure(self.measurements(), faint), path)
+
+    def heat_map(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draws methods by properties; see `plot`."""
+        from kerasnorm.properties.plots import heat_figure, saved
+
+        return saved(heat_figure(self), path)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report, `.html`, `.json` or `.md`, or `plot` as an image, by the
+        ending of the path."""
+        save(self, path)
+
+    def to_markdown(self) -> str:
+        """The ranking and the summary as markdown."""
+        return markdown(*self.rows()) + f"\n\n{self.summary()}\n"
+
+
+def compass(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    methods: str | Sequence[Any] | None = None,
+    batch_sizes: int | Sequence[int] = 64,
+    learning_rates: float | Sequence[float] | None = None,
+    momentum: float | None = None,
+    weights: str = "fresh",
+    confirm: int = 0,
+    loss: Any = None,
+    samples: int = 256,
+    memory: float = 2e9,
+    seed: int = 0,
+    report: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Compass:
+    """Which normalization for this model, and why: nothing needs to be trained.
+
+    The model is put under each method, measured (see `measure`), and judged: a method
+    is ruled out where one property alone stops training, and the rest are ranked. See
+    `docs/choosing.md` for the rules, and for how well they predict.
+
+    Args:
+        model: a built Keras model of any kind, untouched.
+        x, y: inputs and labels, see `measure`.
+        methods: names; `"all"` for every method that applies; by default those of
+            Lubana et al. (2021): ten, and none.
+        batch_sizes: one or several.
+        learning_rates: one or several, of the step that a method has to stand; that of
+            the compiled optimizer by default, else 0.01.
+        momentum: of that step, in [0, 1); that of the compiled optimizer by default,
+            else 0.9.
+        weights: `"fresh"`: every candidate starts from the same newly drawn weights,
+            and as its method's paper says; `"given"`: from what `rewrite` makes of the
+            model's own.
+        confirm: train each candidate that is not ruled out for so many steps; needs
+            `y`.
+        loss: see `measure`.
+        samples: at most this many are measured.
+        memory: bytes that a batch may take, about.
+        seed: of the weights and of the order in which samples are trained on.
+        report: where to write the report, see `Compass.save`.
+        progress: called with the name of each candidate before it is measured.
+
+    Returns:
+        A `Compass`: `print` it, `.plot()` it, `.save("report.html")`.
+
+    Raises:
+        KerasNormError: unknown method or argument, data that does not fit; before any
+            work.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8),
+    ...     keras.layers.BatchNormalization(), keras.layers.ReLU(),
+    ...     keras.layers.Dense(4)])
+    >>> x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    >>> found = kerasnorm.compass(model, x, methods=["bn", "ln"])
+    >>> sorted(c.method for c in found.candidates)
+    ['batch', 'layer']
+    """
+    started = time.perf_counter()
+    chosen = _chosen(methods)
+    sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
+    rates: list[Any] = (
+        list(learning_rates)
+        if isinstance(learning_rates, (Sequence, np.ndarray))
+        else [learning_rates]
+    )
+    if momentum is None:
+        momentum = float(getattr(getattr(model, "optimizer", None), "momentum", 0.9))
+    _check(sizes, rates, momentum, weights, confirm, y)
+    inputs, labels = checked(model, x, y, max(sizes), samples)
+    base = making.fresh(model, seed) if weights == "fresh" else model
+    found: list[Candidate] = []
+    for method in chosen:
+        if progress is not None:
+            progress(method.name)
+        start = inputs.arrays if weights == "fresh" else None
+        start = start and making.as_inputs(start, max(sizes))
+        new, made = making.put_under(base, method, start, seed)
+        if new is None:
+            why = rules.Finding("shape", f"does not apply: {making.why_not(made)}")
+            rate = 0.01 if rates[0] is None else float(rates[0])
+            found.append(
+                Candidate(method.name, method.name, sizes[0], rate, ruled_out=(why,))
+            )
+            continue
+        degenerate = [
+            rules.Finding("shape", f"{r.path}: {r.detail}")
+            for r in made.refused
+            if r.reason is registry.Reason.DEGENERATE
+        ]
+        for size in sizes:
+            measured = measure(
+                new,
+                inputs.pack(inputs.arrays),
+                labels or None,
+                batch_size=size,
+                loss=loss if loss is not None else getattr(model, "loss", None),
+                learning_rate=rates[0],
+                samples=samples,
+                memory=memory,
+                seed=seed,
+            )
+            for rate in rates:
+                m = _at(measured, rate)
+                out = (*degenerate[:1], *rules.findings(m, method, momentum))
+                name = [method.name]
+                name += [f"batch {size}"] if len(sizes) > 1 else []
+                name += [f"lr {rate:g}"] if len(rates) > 1 else []
+                training = None
+                if confirm and not out:
+                    training = train(
+                        new, x, y, confirm, size, m.learning_rate, loss, model, seed
+                    )
+                found.append(
+                    Candidate(
+                        ", ".join(name),
+                        method.name,
+                        size,
+                        m.learning_rate,
+                        m,
+                        out,
+                        rules.score(m, method, momentum),
+                        making.size(new),
+                        training,
+                    )
+                )
+    found.sort(key=lambda c: (c.measurement is None, bool(c.ruled_out), -c.score))
+    result = Compass(
+        getattr(model, "name", ""),
+        tuple(found),
+        weights,
+        min(samples, len(inputs)),
+        time.perf_counter() - started,
+    )
+    if report is not None:
+        result.save(report)
+    return result
+
+
+def _chosen(methods: Any) -> list[registry.Method]:
+    if methods is None:
+        return [registry.get(name) for name in making.STUDIED]
+    if isinstance(methods, str) and methods == "all":
+        return list(registry.methods().values())
+    names = [methods] if isinstance(methods, (str, registry.Method)) else list(methods)
+    found = {registry.get(name).name: registry.get(name) for name in names}
+    if not found:
+        raise KerasNormError("no method to compare", got="methods=[]")
+    return list(found.values())
+
+
+def _check(
+    sizes: Any, rates: Any, momentum: float, weights: Any, confirm: Any, y: Any
+) -> None:
+    if not 0 <= momentum < 1:
+        raise KerasNormError(
+            "this is no momentum", got=repr(momentum), expected="a number in [0, 1)"
+        )
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise KerasNormError(
+            "these are no batch sizes", got=repr(sizes), expected="positive integers"
+        )
+    if not rates or not all(r is None or float(r) > 0 for r in rates):
+        raise KerasNormError(
+            "these are no learning rates", got=repr(rates), expected="positive numbers"
+        )
+    if weights not in ("fresh", "given"):
+        raise KerasNormError(
+            "unknown choice of weights",
+            got=repr(weights),
+            expected="'fresh' or 'given'",
+        )
+    if confirm and y is None:
+        raise KerasNormError(
+            "training needs labels", got=f"confirm={confirm}, y=None", fix="Pass y."
+        )
+
+
+def _at(m: Measurement, rate: float | None) -> Measurement:
+    """A measurement as it would be at another learning rate."""
+    if rate is None or rate == m.learning_rate:
+        return m
+    factor = rate / m.learning_rate
+    scaled: Mapping[str, Any]
+    sites = []
+    for site in m.sites:
+        scaled = {
+            n: None if (v := getattr(site, n)) is None else v * factor
+            for n in ("effective_learning_rate", "relative_step")
+        }
+        sites.append(replace(site, **scaled))
+    return replace(m, sites=tuple(sites), learning_rate=float(rate))
+
+
+def _goodness(value: float, worst: float, best: float) -> float:
+    """Where a size lies between two others by its logarithm, in [0, 1]."""
+    if not value > 0 or not np.isfinite(value):
+        return 0.0
+    share = np.log(value / worst) / np.log(best / worst)
+    return float(np.clip(share, 0, 1))

@@ -1,0 +1,312 @@
+"""`measure`: the properties of a model, at every layer that learns or normalizes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+from kerasnorm.errors import KerasNormError
+from kerasnorm.properties import definitions as d
+from kerasnorm.properties.loss import summed_loss
+from kerasnorm.properties.measurement import Measurement, Site
+from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
+from kerasnorm.reparametrized import Reparametrized
+from kerasnorm.swap import data as reading
+from rewriters.tracing import watching
+
+
+def measure(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    batch_size: int = 64,
+    loss: Any = None,
+    learning_rate: float | None = None,
+    training: bool = True,
+    samples: int = 256,
+    memory: float = 2e9,
+    seed: int = 0,
+) -> Measurement:
+    """The properties that predict how a model trains, layer by layer.
+
+    One forward and one backward pass of each batch, and one more forward pass of the
+    first with other samples beside (for the dependence on the batch). Takes the memory
+    of one training step at this batch size. The model is left as it was, moving
+    statistics included.
+
+    Watched are layers with kernels and normalization layers, wherever they are held. At
+    each, what it learns from is measured: the activations that it reads, and the
+    gradient that reaches its outputs. See `Site` for the properties, `docs/` for their
+    formulas.
+
+    Args:
+        model: a built Keras model of any kind.
+        x: inputs: arrays, a list or dict of arrays, a `tf.data.Dataset`, a `PyDataset`
+            or an iterable of batches.
+        y: labels, `(samples, ...)`, or one array for each output. Without, gradients
+            start in random directions of the outputs instead of at a loss.
+        batch_size: samples that pass together, which batch statistics are of; fewer
+            where `memory` asks for it. A rest that fills no batch is left out.
+        loss: as `compile` takes it; the compiled one by default, or one that suits the
+            labels.
+        learning_rate: of the effective learning rate and the relative step; that of
+            the compiled optimizer by default, else 0.01.
+        training: as the model is trained; False for inference, with running statistics.
+        samples: at most this many are used, evenly spaced.
+        memory: bytes that a batch may take, about.
+        seed: of the random directions.
+
+    Returns:
+        A `Measurement`: `print` it, `.plot()` it, `.to_json()`, `.to_frame()`.
+
+    Raises:
+        KerasNormError: no model, no data, data or labels that do not fit.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> m = kerasnorm.properties.measure(model, np.eye(8, dtype="float32"))
+    >>> [site.path for site in m.sites]
+    ['dense', 'output']
+    """
+    started = time.perf_counter()
+    inputs, labels = checked(model, x, y, batch_size, samples)
+    notes: list[str] = []
+    batch = min(batch_size, len(inputs))
+    fits = max(1, int(memory // (2 * _bytes(model, inputs))))
+    if fits < batch:
+        notes.append(
+            f"batches of {fits} instead of {batch} to stay below {memory / 1e9:.2g} GB"
+        )
+        batch = fits
+    watched = probes(model)
+    if not watched:
+        raise KerasNormError(
+            "there is nothing to measure",
+            got=f"{model.name!r} without a layer that has a kernel or normalizes",
+        )
+    rate = _learning_rate(model) if learning_rate is None else float(learning_rate)
+    run = Pass(
+        model,
+        watched,
+        inputs.pack,
+        len(inputs.arrays),
+        summed_loss(model, labels, loss, seed),
+        training,
+    )
+    flat = [*inputs.arrays, *labels]
+    batches = [
+        [a[k : k + batch] for a in flat]
+        for k in range(0, len(inputs) - batch + 1, batch)
+    ]
+    n = len(inputs.arrays)
+    passes = [run.run(part[:n], part[n:]) for part in batches]
+    others = _dependence(run, [a[:batch] for a in inputs.arrays], passes[0][0])
+    if others is None:
+        notes.append("one sample a batch: dependence on the others is not known")
+    found = [_gather(k, [p[0] for p in passes]) for k in (*range(len(watched)), OUTPUT)]
+    gradients = {
+        key: float(np.sqrt(np.mean([p[1][key] ** 2 for p in passes])))
+        for key in passes[0][1]
+    }
+    sites = []
+    for k, probe in enumerate(watched):
+        if found[k]:
+            known = {**found[k], **_of_weights(probe, gradients, rate)}
+            known["dependence"] = (others or {}).get(k)
+            if probe.source is not None and "mean" in known:
+                known["statistics_distance"] = _distance(probe, known)
+            sites.append(_site(probe, known))
+    if found[-1]:
+        found[-1]["dependence"] = (others or {}).get(OUTPUT)
+        last = max((s.depth for s in sites), default=0) + 1
+        sites.append(_site(Probe("output", model, "output", last), found[-1]))
+    return Measurement(
+        model=getattr(model, "name", ""),
+        sites=tuple(sites),
+        samples=batch * len(batches),
+        batch_size=batch,
+        learning_rate=rate,
+        labelled=bool(labels),
+        training=training,
+        seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+    )
+
+
+def checked(
+    model: Any, x: Any, y: Any, batch_size: int, samples: int
+) -> tuple[reading.Inputs, list[np.ndarray]]:
+    """Inputs and flat labels, as many of them, or an error that says what is wrong."""
+    if not isinstance(model, keras.Model):
+        raise KerasNormError(
+            "this is no Keras model",
+            got=f"{type(model).__name__} {model!r:.60}",
+            expected="a keras.Model",
+            fix="Open a saved one with kerasnorm.load.",
+        )
+    for name, value in (("batch_size", batch_size), ("samples", samples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise KerasNormError(
+                f"this is no {name}", got=repr(value), expected="a positive integer"
+            )
+    inputs = reading.collect(model, x, None if y is not None else samples)
+    if y is None:
+        return inputs, []
+    labels = [keras.ops.convert_to_numpy(v) for v in tree.flatten(y)]
+    if any(not v.ndim or len(v) != len(inputs) for v in labels):
+        raise KerasNormError(
+            "there are not as many labels as inputs",
+            got=f"labels of shape {[v.shape for v in labels]}",
+            expected=f"{len(inputs)} of them",
+        )
+    both = reading.Inputs([*inputs.arrays, *labels], 0).spread(samples).arrays
+    n = len(inputs.arrays)
+    return reading.Inputs(both[:n], inputs.structure), both[n:]
+
+
+def _bytes(model: Any, inputs: reading.Inputs) -> int:
+    """Bytes of all that one sample leaves between layers."""
+    sizes = [1]
+
+    def note(layer: Any, args: Any, kwargs: Any, outputs: Any) -> None:
+        sizes.extend(
+            4 * int(np.prod(v.shape))
+            for v in tree.flatten(outputs)
+            if hasattr(v, "shape")
+        )
+
+    # Symbolically, where the model has shapes: a sample may be large.
+    graph = getattr(model, "_functional", model)
+    if getattr(graph, "operations", None) and hasattr(graph, "inputs"):
+        for operation in graph.operations:
+            for node in getattr(operation, "_inbound_nodes", ()):
+                for t in node.output_tensors:
+                    sizes.append(4 * int(np.prod([s or 1 for s in t.shape])))
+        return sum(sizes)
+    leaves = [x for x in model._flatten_layers(include_self=False) if not x._layers]
+    with keras.StatelessScope(), watching(leaves, note, result=True):
+        model(inputs.pack([a[:1] for a in inputs.arrays]), training=False)
+    return sum(sizes)
+
+
+def _learning_rate(model: Any) -> float:
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return 0.01
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _dependence(
+    run: Pass, x: Sequence[np.ndarray], first: dict[int, Reading]
+) -> dict[int, float] | None:
+    """Dependence by probe: the first half of a batch, with itself for company."""
+    n = len(x[0])
+    kept = n // 2
+    if n < 4:
+        return None
+    again = [np.concatenate([a[:kept], a[: n - kept]]) for a in x]
+    second = run.sketches(again)
+    return {
+        k: d.batch_dependence(
+            np.asarray(r.sketch[:kept], "float64"),
+            np.asarray(second[k][:kept], "float64"),
+        )
+        for k, r in first.items()
+        if r.sketch is not None and k in second
+    }
+
+
+def _gather(k: int, passes: Sequence[dict[int, Reading]]) -> dict[str, Any]:
+    """One place's properties over all batches."""
+    readings = [p[k] for p in passes if k in p]
+    known: dict[str, Any] = {}
+    if not readings:
+        return known
+    if readings[0].mean is not None:
+        # A batch is what statistics are of, so variances are within batches; over all
+        # of them only what the running statistics see is pooled.
+        means = np.array([r.mean for r in readings], "float64")
+        variances = np.array([r.variance for r in readings], "float64")
+        known["mean"] = means.mean(0)
+        known["pooled"] = variances.mean(0) + means.var(0)
+        known["variance"] = d.activation_variance(known["pooled"])
+        known["dead"] = d.dead_share(np.abs(means).max(0), known["pooled"])
+        grams = [r.cosines for r in readings if r.cosines is not None]
+        for name, f in (
+            ("cosine", d.cosine_similarity),
+            ("stable_rank", d.stable_rank),
+            ("effective_rank", d.effective_rank),
+        ):
+            known[name] = float(np.mean([f(g) for g in grams]))
+    if readings[0].gradient_norms is not None:
+        norms = np.array([r.gradient_norms for r in readings], "float64")
+        known["gradient"] = d.gradient_norm(float(np.sum(norms**2)), norms.size)
+        known["gradient_cosine"] = float(
+            np.mean(
+                [
+                    d.cosine_similarity(r.gradient_cosines)
+                    for r in readings
+                    if r.gradient_cosines is not None
+                ]
+            )
+        )
+    return known
+
+
+def _of_weights(
+    probe: Probe, gradients: dict[int, float], rate: float
+) -> dict[str, float]:
+    """Norm, effective learning rate and relative step of a layer's kernels."""
+    kernels = probe.kernels
+    if not kernels:
+        return {}
+    square = sum(
+        float(np.sum(keras.ops.convert_to_numpy(k).astype("float64") ** 2))
+        for k in kernels
+    )
+    norm = float(np.sqrt(square))
+    gradient = float(np.sqrt(sum(gradients[id(k)] ** 2 for k in kernels)))
+    return {
+        "weight_norm": norm,
+        "weight_gradient": gradient,
+        "effective_learning_rate": d.effective_learning_rate(rate, norm),
+        "relative_step": d.relative_step(rate, gradient, norm),
+    }
+
+
+def _distance(probe: Probe, known: dict[str, Any]) -> float | None:
+    weights = probe.source.weights if probe.source is not None else {}
+    mean, variance = weights.get("mean"), weights.get("variance")
+    if variance is None or np.size(variance) != np.size(known["pooled"]):
+        return None
+    # A method without a mean normalizes the second moment or the variance; what it
+    # keeps no running value of cannot drift.
+    mean = known["mean"] if mean is None else np.ravel(mean)
+    return d.statistics_distance(
+        known["mean"], known["pooled"], mean, np.ravel(variance)
+    )
+
+
+def _site(probe: Probe, known: dict[str, Any]) -> Site:
+    layer = probe.layer
+    if isinstance(layer, Reparametrized) or probe.source is None:
+        method = type(layer).__name__ if isinstance(layer, Reparametrized) else None
+    else:
+        method = probe.source.method
+    fields = {k: known.get(k) for k in Site.figures()}
+    return Site(
+        probe.path,
+        type(layer).__name__,
+        probe.kind,
+        probe.depth,
+        method,
+        probe.share,
+        **fields,  # type: ignore[arg-type]
+    )

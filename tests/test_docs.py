@@ -52,7 +52,10 @@ def saved_model(tmp_path_factory):
             keras.layers.BatchNormalization(name=f"{block}_bn"),
             keras.layers.ReLU(name=f"{block}_relu"),
         ]
-    layers += [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
+    layers += [
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(4, name="dense"),
+    ]
     model = keras.Sequential(layers)
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     x = np.random.default_rng(0).normal(size=(64, 8, 8, 3)).astype("float32")

@@ -250,20 +250,16 @@ def fused_batch_normalization(
     gamma: Tensor,
     beta: Tensor,
     epsilon: float,
-    mean: Tensor | None = None,
-    variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Batch normalization of `(rows, positions, channels)` in one kernel.
+    """Training-mode batch normalization of `(rows, positions, channels)`, one kernel.
 
     Args:
         x: float32 tensor.
         gamma, beta: `(channels,)`.
         epsilon: added to the variance.
-        mean, variance: moving statistics for inference; batch statistics are
-            computed where they are None.
 
     Returns:
-        The output, the mean and the biased variance used; None where there is no such
+        The output, the mean and the biased variance; None where there is no such
         kernel. TensorFlow alone has one, in float32. Under XLA it is not used: there
         it is lowered to E[x**2] - E[x]**2, which loses all digits once the mean is
         large beside the standard deviation (measured: NaN at 1000 to 1).
@@ -275,23 +271,19 @@ def fused_batch_normalization(
     # cuDNN asks for an epsilon of at least 1e-5.
     if x.dtype != tf.float32 or _under_xla() or (not on_cpu() and epsilon < 1.001e-5):
         return None
-    given = mean is not None
-    if given and x.shape[1] == 1:  # vectors: the kernel costs more than it saves
-        return None
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=ops.expand_dims(x, 2),
         scale=gamma,
         offset=beta,
-        mean=mean if given else tf.zeros((0,)),
-        variance=variance if given else tf.zeros((0,)),
+        mean=tf.zeros((0,)),
+        variance=tf.zeros((0,)),
         epsilon=epsilon,
-        is_training=not given,
+        is_training=True,
     )
-    if not given:
-        # The kernel reports the unbiased variance; Keras's moving one is biased.
-        shape: Any = tf.shape(x)
-        n = tf.cast(shape[0] * shape[1], tf.float32)
-        variance = variance * (tf.maximum(n - 1.0, 1.0) / n)
+    # The kernel reports the unbiased variance; Keras's moving one is biased.
+    shape: Any = tf.shape(x)
+    n = tf.cast(shape[0] * shape[1], tf.float32)
+    variance = variance * (tf.maximum(n - 1.0, 1.0) / n)
     return tf.squeeze(y, 2), mean, variance
 
 

@@ -77,23 +77,21 @@ class BatchNormalization(Normalization):
             ops.cast(self.moving_mean, x.dtype),
             ops.cast(self.moving_variance, x.dtype),
         )
-        if mask is None or not training:
+        if not training:
+            inverse = numerics.inverse_root(moving[1], self.epsilon)
+            return numerics.scale_shift(x, moving[0], inverse, gamma, beta)
+        if mask is None:
             channels = moving[0].shape
             fused = backend.fused_batch_normalization(
                 x,
                 ops.ones(channels, x.dtype) if gamma is None else gamma,
                 ops.zeros(channels, x.dtype) if beta is None else beta,
                 self.epsilon,
-                *(() if training else moving),
             )
             if fused is not None:
                 y, mean, variance = fused
-                if training:
-                    self._update(moving, mean, variance, 1.0)
+                self._update(moving, mean, variance, 1.0)
                 return y
-        if not training:
-            inverse = numerics.inverse_root(moving[1], self.epsilon)
-            return numerics.scale_shift(x, moving[0], inverse, gamma, beta)
         # One long column per channel: reductions over one axis are the fastest.
         x = ops.reshape(x, (1, -1, x.shape[-1]))
         seen = 1.0

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _show_inspection(result: dict[str, Any], every: bool) -> list[str]:
-    from kerasnorm.swap.report import render
+    from kerasnorm.results import render
     from kerasnorm_cli._work import headline, shape
 
     sites = result["sites"]

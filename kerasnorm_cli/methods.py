@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     import kerasnorm
     from kerasnorm.method import get
-    from kerasnorm.swap.report import render
+    from kerasnorm.results import render
 
     fields = ("name", "title", "family", "paper", "invariance", "summary", "module")
     known = kerasnorm.methods().values() if args.name is None else [get(args.name)]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kerasnorm.adversarial.checks import Sign
 from kerasnorm.errors import KerasNormError
-from kerasnorm.swap.report import markdown, render
+from kerasnorm.results import Result, finite
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """Accuracy under attack.
 
     Attributes:
@@ -130,7 +128,8 @@ class Evaluation:
 
     # -------------------------------------------------------------- showing
 
-    def _rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """See `Result.rows`: a line for every attack and radius."""
         head = ("attack", self.norm, "tried", "fallen", "accuracy", "steps", "s")
         rows = [
             ("none", "0", str(len(self.y)), "", _percent(self.clean_accuracy), "", "")
@@ -160,58 +159,39 @@ class Evaluation:
         )
         return "\n".join([text, *map(str, self.warnings)])
 
-    def table(self) -> str:
-        """The evaluation as a table for the terminal."""
-        return render(*self._rows()) + "\n" + self.summary()
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_markdown(self) -> str:
-        """The evaluation as a markdown table and its summary."""
-        return markdown(*self._rows()) + "\n\n" + self.summary() + "\n"
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what is infinite or undefined is None."""
-        return {
-            "norm": self.norm,
-            "eps": [_finite(e) for e in self.eps],
-            "samples": len(self.y),
-            "clean_accuracy": self.clean_accuracy,
-            "robust_accuracy": list(self.robust),
-            "median_distance": _finite(self.median_distance),
-            "per_class": {
-                str(c): {"samples": n, "clean": clean, "robust": robust}
-                for c, (n, clean, robust) in self.per_class.items()
-            },
-            "attacks": [{**asdict(r), "eps": _finite(r.eps)} for r in self.attacks],
-            "distance": [_finite(d) for d in self.distance],
-            "warnings": [asdict(w) for w in self.warnings],
-            "seconds": self.seconds,
-            "seed": self.seed,
-        }
+        return finite(
+            {
+                "norm": self.norm,
+                "eps": self.eps,
+                "samples": len(self.y),
+                "clean_accuracy": self.clean_accuracy,
+                "robust_accuracy": self.robust,
+                "median_distance": self.median_distance,
+                "per_class": {
+                    str(c): {"samples": n, "clean": clean, "robust": robust}
+                    for c, (n, clean, robust) in self.per_class.items()
+                },
+                "attacks": [asdict(r) for r in self.attacks],
+                "distance": self.distance,
+                "warnings": [asdict(w) for w in self.warnings],
+                "seconds": self.seconds,
+                "seed": self.seed,
+            }
+        )
 
-    def to_json(self) -> str:
-        """The evaluation as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+    def _forms(self) -> dict[str, Any]:
+        return {**super()._forms(), ".npz": self._save_examples}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `.json`, `.md`, the figure of `plot` (`.png`, `.svg`, `.pdf`), or
-        the kept examples (`.npz`), by the ending of the path."""
-        ending = Path(path).suffix.lower()
-        if ending in (".png", ".svg", ".pdf"):
-            self.plot(path)
-        elif ending == ".npz":
-            np.savez_compressed(
-                path,
-                **self._kept(),
-                y=self.y,
-                predicted=self.predicted,
-                distance=self.distance,
-            )
-        else:
-            text = self.to_json() if ending == ".json" else self.to_markdown()
-            Path(path).write_text(text, encoding="utf-8")
+    def _save_examples(self, path: Any) -> None:
+        np.savez_compressed(
+            path,
+            **self._kept(),
+            y=self.y,
+            predicted=self.predicted,
+            distance=self.distance,
+        )
 
     def _kept(self) -> dict[str, Any]:
         if self.x is None or self.adversarial is None:
@@ -263,7 +243,3 @@ def within(distance: np.ndarray, eps: float) -> np.ndarray:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

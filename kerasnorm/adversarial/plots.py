@@ -8,33 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from kerasnorm import results
 from kerasnorm.errors import KerasNormError
 
 
 Path = str | os.PathLike[str] | None
 
 
-def _figure(**size: Any) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise KerasNormError(
-            "plots need matplotlib",
-            got="no such package",
-            fix="pip install kerasnorm[plots]",
-        ) from error
-    return Figure(layout="constrained", **size)
-
-
-def _saved(figure: Any, path: Path) -> Any:
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
-
-
 def curve(evaluation: Any, path: Path = None) -> Any:
     """See `Evaluation.plot`."""
-    figure = _figure(figsize=(6.2, 4.2))
+    figure = results.figure(6.2, 4.2)
     ax = figure.subplots()
     eps = [e for e in evaluation.eps if np.isfinite(e)]
     reached = evaluation.distance[np.isfinite(evaluation.distance)]
@@ -61,7 +44,7 @@ def curve(evaluation: Any, path: Path = None) -> Any:
     )
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    return _saved(figure, path)
+    return results.drawn(figure, path)
 
 
 def grid(evaluation: Any, path: Path, rows: int) -> Any:
@@ -75,7 +58,7 @@ def grid(evaluation: Any, path: Path, rows: int) -> Any:
         )
     found = np.isfinite(evaluation.distance) & (evaluation.distance > 0)
     order = np.argsort(~found, kind="stable")[: max(rows, 1)]
-    figure = _figure(figsize=(6, 2 * len(order) + 0.4))
+    figure = results.figure(6, 2 * len(order) + 0.4)
     axes = figure.subplots(len(order), 3, squeeze=False)
     low, high = float(x.min()), float(x.max())
     for row, i in enumerate(order):
@@ -93,7 +76,7 @@ def grid(evaluation: Any, path: Path, rows: int) -> Any:
             ax.imshow(np.squeeze(shown), cmap="gray", vmin=0, vmax=1)
             ax.set_title(title, fontsize=9)
             ax.set_axis_off()
-    return _saved(figure, path)
+    return results.drawn(figure, path)
 
 
 def training(
@@ -108,7 +91,7 @@ def training(
         names: the accuracies to draw.
         path: where to save the figure; not saved when None.
     """
-    figure = _figure(figsize=(6.2, 4.2))
+    figure = results.figure(6.2, 4.2)
     ax = figure.subplots()
     at = [h["epoch"] for h in history]
     for name in names:
@@ -127,4 +110,4 @@ def training(
     else:
         ax.spines["right"].set_visible(False)
     ax.legend(handles, labels, frameon=False)
-    return _saved(figure, path)
+    return results.drawn(figure, path)

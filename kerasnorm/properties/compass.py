@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,8 @@ from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
 from kerasnorm.properties.confirm import Training, train
 from kerasnorm.properties.measure import checked, measure
-from kerasnorm.properties.measurement import Measurement, aligned, finite, number, save
-from kerasnorm.swap.report import markdown
+from kerasnorm.properties.measurement import Measurement, aligned, number
+from kerasnorm.results import Result, drawn
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Compass:
+class Compass(Result):
     """What `compass` found.
 
     Attributes:
@@ -168,9 +167,6 @@ class Compass:
         short = aligned(head[:-1], [row[:-1] for row in rows])
         return "\n".join([short, "", *lines, "", self.summary()])
 
-    def __str__(self) -> str:
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
         return {
@@ -185,10 +181,6 @@ class Compass:
                 for c in self.candidates
             ],
         }
-
-    def to_json(self) -> str:
-        """The compass as JSON text; what is not finite as null."""
-        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
 
     def to_html(self) -> str:
         """The report as one HTML page that holds its figures."""
@@ -208,25 +200,16 @@ class Compass:
         Raises:
             KerasNormError: matplotlib is not installed (extra `plots`).
         """
-        from kerasnorm.properties.plots import depth_figure, saved
+        from kerasnorm.properties.plots import depth_figure
 
         faint = [c.name for c in self.candidates if c.ruled_out]
-        return saved(depth_figure(self.measurements(), faint), path)
+        return drawn(depth_figure(self.measurements(), faint), path)
 
     def heat_map(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws methods by properties; see `plot`."""
-        from kerasnorm.properties.plots import heat_figure, saved
+        from kerasnorm.properties.plots import heat_figure
 
-        return saved(heat_figure(self), path)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report, `.html`, `.json` or `.md`, or `plot` as an image, by the
-        ending of the path."""
-        save(self, path)
-
-    def to_markdown(self) -> str:
-        """The ranking and the summary as markdown."""
-        return markdown(*self.rows()) + f"\n\n{self.summary()}\n"
+        return drawn(heat_figure(self), path)
 
 
 def compass(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kerasnorm.errors import KerasNormError
 from kerasnorm.properties.definitions import Growth, growth
-from kerasnorm.swap.report import markdown
+from kerasnorm.results import Result, drawn
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ LOGARITHMIC = (
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Result):
     """The properties of a model at every layer, as `measure` found them.
 
     Attributes:
@@ -217,9 +215,6 @@ class Measurement:
         ]
         return head, rows
 
-    def __str__(self) -> str:
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the sites, the two growths, the summary."""
         return {
@@ -228,10 +223,6 @@ class Measurement:
             "backward": asdict(self.backward),
             "summary": self.summary(),
         }
-
-    def to_json(self) -> str:
-        """The measurement as JSON text; what is not finite as null."""
-        return json.dumps(finite(self.to_dict()), indent=2, allow_nan=False)
 
     def to_frame(self) -> Any:
         """The sites as a pandas data frame, one row each.
@@ -255,15 +246,6 @@ class Measurement:
 
         return measurement_page(self)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report, `.html`, `.json` or `.md`, or `plot` as an image, by the
-        ending of the path."""
-        save(self, path)
-
-    def to_markdown(self) -> str:
-        """The table and the summary as markdown."""
-        return markdown(*self.rows()) + f"\n\n{self.summary()}\n"
-
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the properties against depth.
 
@@ -276,33 +258,9 @@ class Measurement:
         Raises:
             KerasNormError: matplotlib is not installed (extra `plots`).
         """
-        from kerasnorm.properties.plots import depth_figure, saved
+        from kerasnorm.properties.plots import depth_figure
 
-        return saved(depth_figure({self.model: self}), path)
-
-
-def save(found: Any, path: str | os.PathLike[str]) -> None:
-    """Writes a measurement or a compass in the form that the path's ending names.
-
-    Raises:
-        KerasNormError: the ending names none.
-    """
-    ending = Path(path).suffix.lower()
-    if ending in (".png", ".svg", ".pdf"):
-        found.plot(path)
-        return
-    forms = {
-        ".html": found.to_html,
-        ".json": found.to_json,
-        ".md": found.to_markdown,
-    }
-    if ending not in forms:
-        raise KerasNormError(
-            "unknown kind of report",
-            got=str(path),
-            expected=f"a name that ends in {', '.join(forms)}, .png, .svg or .pdf",
-        )
-    Path(path).write_text(forms[ending](), encoding="utf-8")
+        return drawn(depth_figure({self.model: self}), path)
 
 
 _COLUMNS = {
@@ -335,14 +293,3 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def number(value: float | None) -> str:
     """Three digits; empty for what is not known."""
     return "" if value is None else f"{value:.3g}"
-
-
-def finite(value: Any) -> Any:
-    """The same data with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.results import figure as new_figure
 
 
 if TYPE_CHECKING:
@@ -27,18 +26,6 @@ PANELS = (
 )
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise KerasNormError(
-            "plots need matplotlib",
-            got="no such package",
-            fix="pip install kerasnorm[plots]",
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def depth_figure(
     measurements: Mapping[str, Measurement],
     faint: Sequence[str] = (),
@@ -53,7 +40,7 @@ def depth_figure(
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure(4.8 * columns + 1.6, 3.1 * rows + 0.3)
+    figure = new_figure(4.8 * columns + 1.6, 3.1 * rows + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     colours = _colours(len(measurements))
     for ax, (name, title, logarithmic) in zip(axes, panels, strict=False):
@@ -100,7 +87,7 @@ def heat_figure(compass: Compass) -> Any:
     """Methods by properties: each cell's value, its colour how good it is."""
     rows = [c for c in compass.candidates if c.measurement is not None]
     columns = compass.columns()
-    figure = _figure(1.25 * len(columns) + 3.2, 0.34 * max(len(rows), 1) + 1.3)
+    figure = new_figure(1.25 * len(columns) + 3.2, 0.34 * max(len(rows), 1) + 1.3)
     ax = figure.subplots()
     if rows:
         good = np.array([[f(c)[1] for _, f in columns] for c in rows], "float64")
@@ -119,7 +106,7 @@ def heat_figure(compass: Compass) -> Any:
 
 def training_figure(curves: Mapping[str, Sequence[float]]) -> Any:
     """Loss against step, one line a candidate that was trained to confirm."""
-    figure = _figure(7.2, 3.6)
+    figure = new_figure(7.2, 3.6)
     ax = figure.subplots()
     for colour, (label, losses) in zip(
         _colours(len(curves)), curves.items(), strict=True
@@ -133,13 +120,6 @@ def training_figure(curves: Mapping[str, Sequence[float]]) -> Any:
     ax.grid(alpha=0.25, linewidth=0.5)
     ax.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    return figure
-
-
-def saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
-    """The figure, also written to the path where there is one."""
-    if path is not None:
-        figure.savefig(path, dpi=150)
     return figure
 
 

@@ -18,7 +18,7 @@ from keras import ops, tree
 from kerasnorm.errors import KerasNormError
 from kerasnorm.flow import Flow, flows
 from kerasnorm.method import read
-from kerasnorm.swap.report import render
+from kerasnorm.results import render
 
 
 Array = np.ndarray

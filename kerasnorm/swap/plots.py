@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm import results
 
 
 def draw(
@@ -14,17 +14,9 @@ def draw(
     accuracy: dict[str, float] | None,
 ) -> Any:
     """See `Report.plot`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise KerasNormError(
-            "plots need matplotlib",
-            got="no such package",
-            fix="pip install kerasnorm[plots]",
-        ) from error
     kept = report.rho_squared
     panels = [p for p in (kept and "kept", accuracy and "accuracy") if p] or ["kept"]
-    figure = Figure(figsize=(5.2 * len(panels) + 1, 4.2), layout="constrained")
+    figure = results.figure(5.2 * len(panels) + 1, 4.2)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, ax in zip(panels, axes, strict=True):
         if panel == "accuracy" and accuracy:
@@ -32,9 +24,7 @@ def draw(
         else:
             _sites(ax, report)
     figure.suptitle(f"{report.plan.model}: {report.plan.method} normalization")
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return results.drawn(figure, path)
 
 
 def _bars(ax: Any, accuracy: dict[str, float]) -> None:

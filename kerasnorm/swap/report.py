@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from kerasnorm.method import Fidelity
+from kerasnorm.results import Result, render
 from kerasnorm.swap.plan import Plan, Step
 from rewriters.compare import Comparison
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Result):
     """What `rewrite` did.
 
     Attributes:
@@ -76,13 +74,11 @@ class Report:
         """The report as a table for the terminal."""
         if not self.plan.steps and not self.plan.refused:
             return plan_table(self.plan)
-        return render(*self._rows()) + "\n" + self.summary()
+        return super().table()
 
-    def _rows(self) -> tuple[Sequence[str], list[Sequence[str]]]:
+    def rows(self) -> tuple[Sequence[str], list[Sequence[str]]]:
+        """See `Result.rows`: a line for every layer that was found."""
         return plan_rows(self.plan, self.fidelity)
-
-    def __str__(self) -> str:
-        return self.table()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: the plan, the fit, the comparison, the summary."""
@@ -94,24 +90,6 @@ class Report:
             "parameters": self.parameters,
             "summary": self.summary(),
         }
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, default=float)
-
-    def to_markdown(self) -> str:
-        """The report as a markdown table and its summary."""
-        return markdown(*self._rows()) + "\n" + self.summary() + "\n"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `.json`, `.md` or an image of `plot` (`.png`, `.svg`, `.pdf`), by
-        the ending of the path."""
-        ending = Path(path).suffix.lower()
-        if ending in (".png", ".svg", ".pdf"):
-            self.plot(path)
-            return
-        text = self.to_json() if ending == ".json" else self.to_markdown()
-        Path(path).write_text(text, encoding="utf-8")
 
     def plot(
         self,
@@ -171,25 +149,3 @@ def plan_table(plan: Plan) -> str:
     total = len(plan.steps) + len(plan.refused)
     end = f"{len(plan.steps)} of {total} layers -> {plan.method}"
     return render(*plan_rows(plan)) + f"\n{end} ({plan.fidelity or 'nothing to do'})."
-
-
-def render(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for the terminal, as wide as the terminal allows."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    file = io.StringIO()
-    console = Console(file=file, width=max(100, Console().width))
-    console.print(table, markup=False)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    cells = ([str(c).replace("|", "\\|") for c in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

@@ -23,18 +23,16 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+from common import ROOT, cifar10_pixels
 
 
-ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "adversarial"
-SHARED = Path(os.environ.get("KERASNORM_SHARED", ROOT.parent / "shared"))
 PIXEL = 1 / 255
 # Steps of 2/255 at eps 8/255 (Madry et al. 2018), the same share of eps elsewhere.
 LENGTH = 0.25
@@ -47,22 +45,7 @@ TRAINED = {"linf": 4 * PIXEL}
 
 def cifar10():
     """(x_train, y_train), (x_test, y_test); float32 in [0, 1]."""
-    path = CACHE / "cifar10.npz"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        spec = importlib.util.spec_from_file_location(
-            "shared_datasets", SHARED / "data" / "datasets.py"
-        )
-        datasets = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(datasets)
-        (x, y), (x_test, y_test) = datasets.cifar10(n_test=2000)
-        np.savez(path, x=x, y=y, x_test=x_test, y_test=y_test)
-    with np.load(path) as d:
-        images = [d[k].astype("float32") / 255 for k in ("x", "x_test")]
-        return (images[0], d["y"].astype("int32")), (
-            images[1],
-            d["y_test"].astype("int32"),
-        )
+    return [(x / 255, y) for x, y in cifar10_pixels()]
 
 
 def network():
@@ -114,6 +97,7 @@ def train(name):
     accuracy = model.evaluate(*test, verbose=0, batch_size=500)[1]
     seconds = time.perf_counter() - start
     print(f"{name}: {100 * accuracy:.1f} % on the test set, {seconds:.0f} s")
+    CACHE.mkdir(parents=True, exist_ok=True)
     model.save(CACHE / f"{name}.keras")
 
 

@@ -25,8 +25,15 @@ CACHE = ROOT / "build" / "fidelity"
 SHARED = Path(os.environ.get("KERASNORM_SHARED", ROOT.parent / "shared"))
 
 
-def cifar10():
-    """(x_train, y_train), (x_test, y_test); float32, standardized per channel."""
+def fashion_mnist():
+    """(x_train, y_train), (x_test, y_test); float32 in [-1, 1]."""
+    with np.load(SHARED / "data" / "fashion_mnist.npz") as d:
+        pairs = [(d[f"x_{part}"], d[f"y_{part}"]) for part in ("train", "test")]
+    return [((x[..., None] / 127.5 - 1).astype("float32"), y) for x, y in pairs]
+
+
+def cifar10_pixels():
+    """(x_train, y_train), (x_test, y_test); float32 in [0, 255]."""
     path = CACHE / "cifar10.npz"
     if not path.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -40,11 +47,17 @@ def cifar10():
         np.savez(partial, x=x, y=y, x_test=x_test, y_test=y_test)
         partial.replace(path)
     with np.load(path) as d:
-        x, y, x_test, y_test = d["x"], d["y"], d["x_test"], d["y_test"]
+        return [
+            (d[f"x{part}"].astype("float32"), d[f"y{part}"].astype("int32"))
+            for part in ("", "_test")
+        ]
+
+
+def cifar10():
+    """The same, standardized per channel."""
     mean = np.array([125.3, 123.0, 113.9], "float32")
     scale = np.array([63.0, 62.1, 66.7], "float32")
-    images = [(a.astype("float32") - mean) / scale for a in (x, x_test)]
-    return (images[0], y.astype("int32")), (images[1], y_test.astype("int32"))
+    return [((x - mean) / scale, y) for x, y in cifar10_pixels()]
 
 
 def resnet(depth=14, widths=(16, 32, 64), classes=10, shape=(32, 32, 3)):

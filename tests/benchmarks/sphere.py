@@ -21,17 +21,11 @@ import time
 
 import keras
 import numpy as np
-from common import SHARED, cifar10, resnet
+from common import cifar10, fashion_mnist, resnet
 from keras import layers
 
 from kerasnorm.callbacks import SphereMonitor
 from kerasnorm.sphere import OnSphere, scale_invariant_weights
-
-
-def fashion_mnist():
-    with np.load(SHARED / "data" / "fashion_mnist.npz") as d:
-        pairs = [(d[f"x_{part}"], d[f"y_{part}"]) for part in ("train", "test")]
-    return [((x[..., None] / 127.5 - 1).astype("float32"), y) for x, y in pairs]
 
 
 def halved(x):

@@ -201,9 +201,20 @@ def make(
             expected=f"arguments among {', '.join(sorted(accepted))}",
         )
     carried = {k: v for k, v in carried.items() if k in accepted}
+    return in_place_of(layer, cls, **{**carried, **arguments})
+
+
+def in_place_of(layer: Layer, cls: type[Layer], *args: Any, **arguments: Any) -> Layer:
+    """`cls(*args, **arguments)` with the name, the dtype policy and `trainable` of the
+    layer that it replaces.
+
+    Raises:
+        KerasNormError: the class refuses its arguments.
+    """
     try:
         return cls(
-            **{**carried, **arguments},
+            *args,
+            **arguments,
             name=layer.name,
             trainable=layer.trainable,
             dtype=layer.dtype_policy,

@@ -16,13 +16,14 @@ import importlib.metadata
 import json
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
+from kerasnorm.claims import claims as laws
 from kerasnorm.errors import KerasNormError
 
 
@@ -207,7 +208,8 @@ def declare(
     carry: Callable[[Source, Mapping[str, tuple[Any, Any]]], None] | None = None,
     wrap: Callable[[Site, Options], Adoption | Refusal | None] | None = None,
     start: Callable[[Any, Sequence[Any], Any], None] | None = None,
-    claims: Mapping[str, bool | None] | None = None,
+    claims: Collection[str] = (),
+    undecided: Collection[str] = (),
     cases: Sequence[Case] = (),
     checks: Sequence[Callable[..., None]] = (),
 ) -> Method:
@@ -236,7 +238,9 @@ def declare(
         start: of methods that the paper starts from more than a layer's own
             initializers: `(model, its layers of the method, a batch of inputs)`, for a
             model whose weights are fresh.
-        claims: property name -> True, False (a counterexample must be found) or None.
+        claims: names of the laws in `kerasnorm.claims` that hold; for each of the
+            others the tests must find a counterexample.
+        undecided: names of laws that are judged neither way.
         cases: configurations and shapes for the generated tests.
         checks: further tests of this method alone, functions without arguments.
 
@@ -244,13 +248,21 @@ def declare(
         The registered `Method`.
 
     Raises:
-        KerasNormError: two files declare one name, or `family`/`invariance` is unknown.
+        KerasNormError: two files declare one name, or `family`, `invariance` or a claim
+            is unknown.
     """
     if family not in FAMILIES or invariance not in INVARIANCES:
         raise KerasNormError(
             f"cannot declare {name!r}",
             got=f"family={family!r}, invariance={invariance!r}",
             expected=f"family in {FAMILIES} and invariance in {INVARIANCES}",
+        )
+    unknown = sorted({*claims, *undecided} - set(laws()))
+    if unknown or set(claims) & set(undecided):
+        raise KerasNormError(
+            f"cannot declare {name!r}",
+            got=f"claims={sorted(claims)}, undecided={sorted(undecided)}",
+            expected=f"each at most once, among {', '.join(laws())}",
         )
     module = sys._getframe(1).f_globals["__name__"]  # the file that declares
     method = Method(
@@ -267,7 +279,7 @@ def declare(
         carry=carry,
         wrap=wrap,
         start=start,
-        claims=dict(claims or {}),
+        claims={law: None if law in undecided else law in claims for law in laws()},
         cases=tuple(cases),
         checks=tuple(checks),
         module=module,

@@ -22,7 +22,6 @@ from keras import ops
 
 from kerasnorm import backend
 from kerasnorm.claims import claims, judge, measure
-from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Method, get
 from kerasnorm.normalization import Normalization
 
@@ -445,12 +444,6 @@ _CASE_CHECKS: dict[str, Callable[[Subject], None]] = {
 
 
 def _check_claim(method: Method, name: str, subjects: list[Subject]) -> None:
-    if name not in method.claims:
-        raise KerasNormError(
-            f"{method.name!r} takes no position on the claim {name!r}",
-            expected="True, False or None in the `claims` of its declaration",
-            fix=f"Add {name!r}; `kerasnorm.claims.{name}` says what it means.",
-        )
     claimed = method.claims[name]
     if claimed is None:
         return

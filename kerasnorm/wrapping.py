@@ -132,20 +132,7 @@ def _make(cls, layer, plain, options: Options) -> Reparametrized | Refusal:
     if problem is not None:
         return Refusal(Reason.UNDEFINED, f"{layer.name}: {problem}")
     arguments = {**cls.preserving, **options.arguments}
-    try:
-        return cls(
-            plain,
-            **arguments,
-            name=layer.name,
-            trainable=layer.trainable,
-            dtype=layer.dtype_policy,
-        )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, KerasNormError):
-            raise
-        raise KerasNormError(
-            f"{cls.__name__} refuses its arguments", got=f"{arguments}: {error}"
-        ) from error
+    return adoption.in_place_of(layer, cls, plain, **arguments)
 
 
 def _error(wrapped: Reparametrized, pairs: Iterable) -> float | Refusal:

@@ -192,18 +192,14 @@ def check_gradient_where_eigenvalues_meet():
 
 
 CLAIMS = {
-    "batch_independent": False,
-    "scale_invariant": True,
-    "channel_scale_invariant": False,
-    "shift_invariant": True,
-    "sign_equivariant": True,
-    "unit_output_scale": True,
-    "zero_output_mean": True,
-    "train_equals_inference": False,
-    "idempotent": True,
-    "weight_scale_invariant": True,
-    "gradient_orthogonal_to_input": True,
-    "bounded_jacobian": False,
+    "scale_invariant",
+    "shift_invariant",
+    "sign_equivariant",
+    "unit_output_scale",
+    "zero_output_mean",
+    "idempotent",
+    "weight_scale_invariant",
+    "gradient_orthogonal_to_input",
 }
 
 declare(

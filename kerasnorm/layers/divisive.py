@@ -239,19 +239,12 @@ declare(
         Case({"axis": 1, "l1": 0.1}, (2, 3, 7, 6)),
         Case({"window": 3, "learn_sigma": False}, (2, 3, 2, 4, 3)),
     ),
+    # Not scale invariant: sigma.
     claims={
-        "batch_independent": True,
-        "scale_invariant": False,  # sigma
-        "channel_scale_invariant": False,
-        "shift_invariant": True,
-        "sign_equivariant": True,
-        "unit_output_scale": False,
-        "zero_output_mean": False,
-        "train_equals_inference": True,
-        "idempotent": False,
-        "weight_scale_invariant": False,
-        "gradient_orthogonal_to_input": False,
-        "bounded_jacobian": False,
+        "batch_independent",
+        "shift_invariant",
+        "sign_equivariant",
+        "train_equals_inference",
     },
     checks=(check_wide_window_is_layer_normalization, check_penalty),
 )

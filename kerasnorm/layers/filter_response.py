@@ -183,18 +183,13 @@ declare(
         Case({"learn_epsilon": True}, (3, 6), claims=False),
         Case({"learn_epsilon": True, "epsilon": 0.0}, (3, 2, 2, 4), claims=False),
     ),
+    # Not sign equivariant: the threshold.
     claims={
-        "batch_independent": True,
-        "scale_invariant": True,
-        "channel_scale_invariant": True,
-        "shift_invariant": False,
-        "sign_equivariant": False,  # the threshold
-        "unit_output_scale": False,
-        "zero_output_mean": False,
-        "train_equals_inference": True,
-        "idempotent": False,
-        "weight_scale_invariant": True,
-        "gradient_orthogonal_to_input": True,
-        "bounded_jacobian": False,
+        "batch_independent",
+        "scale_invariant",
+        "channel_scale_invariant",
+        "train_equals_inference",
+        "weight_scale_invariant",
+        "gradient_orthogonal_to_input",
     },
 )

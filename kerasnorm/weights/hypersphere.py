@@ -11,7 +11,7 @@ from keras import ops
 from kerasnorm import numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import CASES, CLAIMS, Reparametrized, oracle_of
+from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
 from kerasnorm.wrapping import rules
 
 
@@ -219,5 +219,6 @@ declare(
         ),
     ),
     claims=CLAIMS,
+    undecided=UNDECIDED,
     checks=(check_normalize_weights_keeps_outputs, check_residual),
 )

@@ -11,7 +11,7 @@ from keras import ops
 from kerasnorm import numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import declare
-from kerasnorm.reparametrized import CASES, CLAIMS, Reparametrized, oracle_of
+from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
 from kerasnorm.wrapping import rules
 from rewriters.program import Program, is_graph
 
@@ -217,6 +217,7 @@ declare(
     start=start,
     cases=CASES,
     claims=CLAIMS,
+    undecided=UNDECIDED,
     checks=(
         check_wrapping_changes_nothing,
         check_embedding,

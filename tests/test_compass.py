@@ -329,6 +329,27 @@ def test_bad_arguments_are_refused(images, change, words):
         kerasnorm.compass(**{"model": network(), "x": images[0], **change})
 
 
+def test_one_method_that_fails_leaves_the_others(images, monkeypatch):
+    from kerasnorm.properties import candidates
+
+    put_under = candidates.put_under
+
+    def failing(model, method, *args):
+        if method.name in broken:
+            raise RuntimeError("out of order")
+        return put_under(model, method, *args)
+
+    monkeypatch.setattr(candidates, "put_under", failing)
+    broken = ["layer"]
+    found = kerasnorm.compass(network(), images[0], methods=["bn", "ln"])
+    assert [c.method for c in found.candidates] == ["batch", "layer"]
+    assert found.candidates[1].ruled_out[0].property == "error"
+    assert "RuntimeError: out of order" in str(found)
+    broken = ["layer", "batch"]
+    with pytest.raises(KerasNormError, match="no method could be measured"):
+        kerasnorm.compass(network(), images[0], methods=["bn", "ln"])
+
+
 # ---------------------------------------------------------------------- reports
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -288,20 +288,16 @@ def compass(
     _check(sizes, rates, momentum, weights, confirm, y)
     inputs, labels = checked(model, x, y, max(sizes), samples)
     base = making.fresh(model, seed) if weights == "fresh" else model
-    found: list[Candidate] = []
-    for method in chosen:
-        if progress is not None:
-            progress(method.name)
-        start = inputs.arrays if weights == "fresh" else None
-        start = start and making.as_inputs(start, max(sizes))
+    loss = loss if loss is not None else getattr(model, "loss", None)
+    start = None
+    if weights == "fresh":
+        start = making.as_inputs(inputs.arrays, max(sizes))
+
+    def under(method: registry.Method) -> Iterator[Candidate]:
         new, made = making.put_under(base, method, start, seed)
         if new is None:
-            why = rules.Finding("shape", f"does not apply: {making.why_not(made)}")
-            rate = 0.01 if rates[0] is None else float(rates[0])
-            found.append(
-                Candidate(method.name, method.name, sizes[0], rate, ruled_out=(why,))
-            )
-            continue
+            yield excluded(method, "shape", f"does not apply: {making.why_not(made)}")
+            return
         degenerate = [
             rules.Finding("shape", f"{r.path}: {r.detail}")
             for r in made.refused
@@ -313,7 +309,7 @@ def compass(
                 inputs.pack(inputs.arrays),
                 labels or None,
                 batch_size=size,
-                loss=loss if loss is not None else getattr(model, "loss", None),
+                loss=loss,
                 learning_rate=rates[0],
                 samples=samples,
                 memory=memory,
@@ -330,19 +326,37 @@ def compass(
                     training = train(
                         new, x, y, confirm, size, m.learning_rate, loss, model, seed
                     )
-                found.append(
-                    Candidate(
-                        ", ".join(name),
-                        method.name,
-                        size,
-                        m.learning_rate,
-                        m,
-                        out,
-                        rules.score(m, method, momentum),
-                        making.size(new),
-                        training,
-                    )
+                yield Candidate(
+                    ", ".join(name),
+                    method.name,
+                    size,
+                    m.learning_rate,
+                    m,
+                    out,
+                    rules.score(m, method, momentum),
+                    making.size(new),
+                    training,
                 )
+
+    def excluded(method: registry.Method, kind: str, why: str) -> Candidate:
+        rate = 0.01 if rates[0] is None else float(rates[0])
+        out = (rules.Finding(kind, why),)
+        return Candidate(method.name, method.name, sizes[0], rate, ruled_out=out)
+
+    found: list[Candidate] = []
+    for method in chosen:
+        if progress is not None:
+            progress(method.name)
+        try:
+            found += list(under(method))
+        except Exception as error:  # of a method; the others are worth knowing still
+            first = str(error).strip().partition("\n")[0]
+            why = f"cannot be measured here: {type(error).__name__}: {first}"
+            found.append(excluded(method, "error", why))
+    if all(c.ruled_out and c.ruled_out[0].property == "error" for c in found):
+        raise KerasNormError(
+            "no method could be measured", got=f"{found[0].name}: {found[0].sentence}"
+        )
     found.sort(key=lambda c: (c.measurement is None, bool(c.ruled_out), -c.score))
     result = Compass(
         getattr(model, "name", ""),

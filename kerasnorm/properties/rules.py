@@ -33,7 +33,7 @@ class Finding:
 
     Args:
         property: `"numbers"`, `"forward"`, `"informative"`, `"backward"`, `"dead"`,
-            `"batch"`, `"step"` or `"shape"`.
+            `"batch"`, `"step"`, `"shape"`, or `"error"` for what could not be measured.
         text: the sentence, with values.
     """
 

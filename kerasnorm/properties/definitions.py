@@ -42,8 +42,8 @@ def moments(h: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
     if axis != len(h.shape) - 1:
         h = ops.moveaxis(h, axis, -1)
     h = ops.reshape(h, (-1, h.shape[-1]))
-    mean = backend.column_sum(h) / h.shape[0]
-    return mean, backend.column_sum(backend.squared_difference(h, mean)) / h.shape[0]
+    mean = ops.mean(h, axis=0)
+    return mean, ops.mean(backend.squared_difference(h, mean), axis=0)
 
 
 def gram(h: Tensor, samples: int) -> tuple[Tensor, Tensor]:
@@ -61,15 +61,26 @@ def gram(h: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         cosine with a sample that is 0 is 0.
     """
     h = ops.reshape(ops.cast(h, "float32"), (samples, -1))
-    # Squares of exploded or vanished activations leave float32's range. A few entries
-    # tell by what power to scale; if all of them are 0, nothing has to be.
-    size = ops.max(ops.abs(h[:, :: max(1, h.shape[1] // 64)]))
-    size = ops.where(ops.isfinite(size) & (size > 0), size, 1.0)
-    h = h / size
     products = ops.matmul(h, ops.transpose(h))
+    squares = ops.diagonal(products)
+    # Squares of exploded or vanished activations leave float32's range; only then is
+    # it worth a copy of them all.
+    fine = ops.all((squares > 1e-30) & (squares < 1e37))
+    products, size = ops.cond(
+        fine, lambda: (products, ops.ones(())), lambda: _scaled_products(h)
+    )
     norms = ops.sqrt(ops.diagonal(products))
     safe = ops.where(norms > 0, norms, 1.0)
     return products / safe / safe[:, None], norms * size
+
+
+def _scaled_products(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Products of the rows over the square of a scale, and that scale: a few entries
+    tell it; if all of them are 0, there is nothing to scale."""
+    size = ops.max(ops.abs(h[:, :: max(1, h.shape[1] // 64)]))
+    size = ops.where(ops.isfinite(size) & (size > 0), size, 1.0)
+    h = h / size
+    return ops.matmul(h, ops.transpose(h)), size
 
 
 def activation_variance(variance: Array) -> float:

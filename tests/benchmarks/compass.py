@@ -8,6 +8,7 @@ and each property, and the compass's own ranking. Results are kept in ``build/co
 so that a run that was stopped goes on.
 
     python tests/benchmarks/compass.py [--steps 300] [--seeds 1] [--networks cnn10 ...]
+    python tests/benchmarks/compass.py --cost
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 import keras
 import numpy as np
 from common import ROOT, cifar10
+from common import resnet as wide_resnet
 
 from kerasnorm.method import get
 from kerasnorm.properties import Measurement, Site, measure, rules
@@ -163,12 +165,63 @@ def spearman(a, b):
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
+def cost(repeats=5):
+    """Seconds of a compass, and what a measurement costs in passes over its images.
+
+    A pass is forward and backward of the loss in training mode, gradients at all
+    weights, without an update: step by step, as a measurement runs on TensorFlow, and
+    as a graph that was compiled before.
+    """
+    import tensorflow as tf
+
+    import kerasnorm
+
+    (x, y), _ = cifar10()
+    x, y = x[:256], y[:256]
+    model = wide_resnet(20)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+    def step(a, b):
+        with tf.GradientTape() as tape:
+            value = loss(b, model(a, training=True))
+        return tape.gradient(value, model.trainable_weights)
+
+    def passes(run):
+        for k in range(0, len(x), BATCH):
+            run(tf.constant(x[k : k + BATCH]), tf.constant(y[k : k + BATCH]))
+
+    graph = tf.function(step)
+    timed = {
+        "measure": lambda: measure(model, x, y, loss=loss, batch_size=BATCH),
+        "step by step": lambda: passes(step),
+        "as a graph": lambda: passes(graph),
+    }
+    best = dict.fromkeys(timed, float("inf"))
+    for _ in range(repeats + 1):  # the first round traces; least times drop it
+        for name, run in timed.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    print(f"ResNet-20, {len(x)} images of 32x32, batches of {BATCH}")
+    print(f"a measurement takes {best['measure']:.2f} s")
+    for name in list(timed)[1:]:
+        ratio = best["measure"] / best[name]
+        print(f"that is {ratio:.1f} forward and backward passes, run {name}")
+    start = time.perf_counter()
+    found = kerasnorm.compass(model, x, y, loss=loss, learning_rates=RATE)
+    seconds = time.perf_counter() - start
+    print(f"a compass over {len(found.candidates)} methods takes {seconds:.0f} s")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--cost", action="store_true", help="time them instead")
     args = parser.parse_args()
+    if args.cost:
+        return cost()
     train, test = data()
     correlations = {}
     for network in args.networks:

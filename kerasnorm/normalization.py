@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasnorm import numerics
+from kerasnorm import backend, numerics
 from kerasnorm.errors import KerasNormError
 
 
@@ -204,6 +204,47 @@ class Normalization(keras.layers.Layer):
                 value = keras.saving.serialize_keras_object(value)
             config[name] = value
         return config
+
+
+class BatchStatistics(Normalization):
+    """Base of the methods with statistics over the batch.
+
+    Under a `tf.distribute` strategy each replica sees a part of the batch. With
+    `synchronized=True` the statistics are those of all parts together, as if one device
+    saw the whole batch; with False (default, as in Keras) each replica normalizes with
+    its own. The moving statistics are the same on all replicas either way: in the
+    latter case, the mean of what each found. On JAX a program sees the whole batch,
+    whatever its sharding, and there is nothing to choose.
+
+    Within the loop of a recurrent layer statistics are those of each replica.
+
+    Args:
+        *args: see `Normalization`.
+        synchronized: see above.
+        **kwargs: see `Normalization`.
+    """
+
+    def __init__(self, *args, synchronized: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.synchronized = bool(synchronized)
+
+    def __call__(self, *args, **kwargs):
+        with self.over_replicas():
+            return super().__call__(*args, **kwargs)
+
+    def over_replicas(self):
+        """Context in which `numerics` reduces over replicas, where asked for; for
+        backward passes, which run outside of the call."""
+        return backend.synchronized(self.synchronized)
+
+    def channel_weight(self, name, shape, **kwargs):
+        # What each replica finds by itself, or has sent back through the optimizer.
+        # Synchronized, all of them find the same.
+        state = not kwargs.get("trainable", True)
+        state = state or kwargs.get("overwrite_with_gradient", False)
+        if state and not self.synchronized:
+            kwargs.setdefault("aggregation", "mean")
+        return super().channel_weight(name, shape, **kwargs)
 
 
 @functools.cache

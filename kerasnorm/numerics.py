@@ -56,8 +56,8 @@ def moments(
         `(mean, variance)`, both broadcastable to `x`. Where nothing counts both are 0.
     """
     axes = tuple(a % len(x.shape) for a in axes)
-    if mask is not None:
-        return _masked_moments(x, axes, mask, center)
+    if mask is not None or _across(axes):
+        return _counted_moments(x, axes, mask, center)
 
     n = _size(x, axes)
     if not center:
@@ -78,16 +78,44 @@ def moments(
     return backend.custom_gradient(kernel)(x)
 
 
-def _masked_moments(x, axes, mask, center):
+def _counted_moments(x, axes, mask, center):
+    """Moments of what counts, of all replicas where the batch is reduced."""
     zero = ops.zeros((), x.dtype)
-    x = ops.where(mask, x, zero)
-    # A mask of size 1 along a reduced axis stands for all of it.
-    repeats = [a for a in axes if mask.shape[a] == 1]
-    n = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True) * _size(x, repeats)
+    if mask is None:
+        n = ops.ones((1,) * len(x.shape), x.dtype) * _size(x, axes)
+    else:
+        x = ops.where(mask, x, zero)
+        # A mask of size 1 along a reduced axis stands for all of it.
+        repeats = [a for a in axes if mask.shape[a] == 1]
+        n = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True) * _size(x, repeats)
+    n, total = totals(axes, n, ops.sum(x, axes, keepdims=True))
     n = ops.maximum(n, 1)
-    mean = ops.sum(x, axes, keepdims=True) / n if center else ops.zeros_like(n)
-    square = ops.square(ops.where(mask, x - mean, zero))
-    return mean, ops.sum(square, axes, keepdims=True) / n
+    mean = total / n if center else ops.zeros_like(total)
+    square = ops.square(x - mean)
+    if mask is not None:
+        square = ops.where(mask, square, zero)
+    (square,) = totals(axes, ops.sum(square, axes, keepdims=True))
+    return mean, square / n
+
+
+def _across(axes: Sequence[int]) -> bool:
+    """Whether a reduction over these axes goes on over the replicas."""
+    return 0 in axes and backend.is_synchronized()
+
+
+def totals(axes: Sequence[int], *sums: Tensor) -> list[Tensor]:
+    """Sums over `axes` as they are, and added up over the replicas where the batch is
+    one of the axes and statistics are synchronized (`backend.synchronized`)."""
+    return backend.sum_over_replicas(*sums) if _across(axes) else list(sums)
+
+
+def valid(mask: Tensor, axes: Sequence[int], keepdims: bool = False) -> Tensor:
+    """Whether anything along `axes` counts, on any replica where synchronized."""
+    found = ops.any(mask, axes, keepdims=keepdims)
+    if not _across(axes):
+        return found
+    (number,) = totals(axes, ops.cast(found, "float32"))
+    return number > 0
 
 
 def _size(x: Tensor, axes: Sequence[int]) -> Tensor | float:
@@ -110,7 +138,7 @@ def seen(mask: Tensor | None, dtype: str) -> Tensor | float:
     """1 where a channel has any valid position in the batch, 0 where it has none."""
     if mask is None:
         return 1.0
-    return ops.cast(ops.any(mask, axis=(0, 1)), dtype)
+    return ops.cast(valid(mask, (0, 1)), dtype)
 
 
 def pool(
@@ -124,15 +152,21 @@ def pool(
         weight: number of elements of each part, broadcastable to `mean`; 1.0 where all
             are of one size.
     """
-    if isinstance(weight, float):
+    if isinstance(weight, float) and not _across(axes):
         pooled = ops.mean(mean, axes, keepdims=True)
         spread = variance + ops.square(mean - pooled)
         return pooled, ops.mean(spread, axes, keepdims=True)
     weight = ops.broadcast_to(ops.cast(weight, mean.dtype), ops.shape(mean))
-    total = ops.maximum(ops.sum(weight, axes, keepdims=True), 1)
-    pooled = ops.sum(mean * weight, axes, keepdims=True) / total
+    total, pooled = totals(
+        axes,
+        ops.sum(weight, axes, keepdims=True),
+        ops.sum(mean * weight, axes, keepdims=True),
+    )
+    total = ops.maximum(total, 1)
+    pooled = pooled / total
     spread = (variance + ops.square(mean - pooled)) * weight
-    return pooled, ops.sum(spread, axes, keepdims=True) / total
+    (spread,) = totals(axes, ops.sum(spread, axes, keepdims=True))
+    return pooled, spread / total
 
 
 def pool_groups(
@@ -357,12 +391,13 @@ def covariance(
     if mask is not None:
         centred = ops.where(mask, centred, ops.zeros((), x.dtype))
         n = ops.max(ops.sum(ops.cast(mask, x.dtype), (0, 1)))
-        n = ops.maximum(n, 1)
     else:
-        n = _size(x, (0, 1))
+        n = ops.cast(_size(x, (0, 1)), x.dtype)
     columns = ops.reshape(centred, (-1, x.shape[-1] // size, size))
     columns = ops.transpose(columns, (1, 2, 0))
-    return mean, centred, ops.matmul(columns, ops.transpose(columns, (0, 2, 1))) / n
+    products = ops.matmul(columns, ops.transpose(columns, (0, 2, 1)))
+    n, products = totals((0, 1), n, products)
+    return mean, centred, products / ops.maximum(n, 1)
 
 
 def rotate(x: Tensor, matrices: Tensor) -> Tensor:

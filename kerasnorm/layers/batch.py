@@ -8,11 +8,11 @@ from keras import ops
 
 from kerasnorm import adoption, backend, moving_statistics, numerics
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class BatchNormalization(Normalization):
+class BatchNormalization(BatchStatistics):
     r"""Normalizes each channel over the batch and all positions.
 
     Takes the place of `keras.layers.BatchNormalization`: same arguments, weights and
@@ -32,7 +32,8 @@ class BatchNormalization(Normalization):
         epsilon: added to the variance. Default 1e-3.
         center, scale: whether to use `beta` and `gamma`.
         moving_mean_initializer, moving_variance_initializer: `"zeros"`, `"ones"`.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.
@@ -77,7 +78,7 @@ class BatchNormalization(Normalization):
         if not training:
             inverse = numerics.inverse_root(moving[1], self.epsilon)
             return numerics.scale_shift(x, moving[0], inverse, gamma, beta)
-        if mask is None:
+        if mask is None and not backend.is_synchronized():
             channels = moving[0].shape
             fused = backend.fused_batch_normalization(
                 x,
@@ -94,7 +95,7 @@ class BatchNormalization(Normalization):
         seen = 1.0
         if mask is not None:
             mask = ops.reshape(mask, (1, -1, mask.shape[-1]))
-            seen = ops.cast(ops.any(mask, axis=(0, 1)), x.dtype)
+            seen = numerics.seen(mask, x.dtype)
         mean, variance = numerics.moments(x, (0, 1), mask)
         self._update(moving, mean[0, 0], variance[0, 0], seen)
         inverse = numerics.inverse_root(variance, self.epsilon)

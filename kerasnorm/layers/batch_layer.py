@@ -9,11 +9,11 @@ from keras import ops
 from kerasnorm import adoption, moving_statistics, numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class BatchLayerNormalization(Normalization):
+class BatchLayerNormalization(BatchStatistics):
     r"""A mixture of batch and layer normalization, weighted by the batch size.
 
     The smaller the batch, the less its statistics are trusted:
@@ -33,7 +33,8 @@ class BatchLayerNormalization(Normalization):
         momentum: weight of the old moving statistics, 0 to 1. Default 0.99.
         epsilon: added to both variances. Default 1e-3.
         center, scale: whether to use `beta` and `gamma`, one value per channel.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more, of known size but for the batch.
@@ -83,10 +84,10 @@ class BatchLayerNormalization(Normalization):
         mean, variance = moving
         if training and self.trainable:
             mean, variance = numerics.moments(x, (0,), mask)
-            size = ops.cast(ops.shape(x)[0], x.dtype)
+            (size,) = numerics.totals((0,), ops.cast(ops.shape(x)[0], x.dtype))
             rate = 1 - self.momentum
             if mask is not None:
-                rate = rate * ops.cast(ops.any(mask, 0), x.dtype)
+                rate = rate * ops.cast(numerics.valid(mask, (0,)), x.dtype)
             self.moving_mean.assign(moving[0] + (mean[0] - moving[0]) * rate)
             self.moving_variance.assign(moving[1] + (variance[0] - moving[1]) * rate)
             self.batch_size.assign(size)

@@ -9,11 +9,11 @@ from keras import ops
 from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class DecorrelatedBatchNormalization(Normalization):
+class DecorrelatedBatchNormalization(BatchStatistics):
     r"""Whitens groups of channels: unit variance and no correlation.
 
         S = mean((x - mean) (x - mean)^T) + epsilon * I       over batch and positions
@@ -35,7 +35,8 @@ class DecorrelatedBatchNormalization(Normalization):
         momentum: weight of the old moving statistics, 0 to 1. Default 0.9.
         epsilon: added to the eigenvalues of the covariance. Default 1e-5.
         center, scale: whether to use `beta` and `gamma`.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.

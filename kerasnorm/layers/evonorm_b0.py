@@ -9,11 +9,11 @@ from keras import ops
 from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Adoption, Case, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class EvoNormB0(Normalization):
+class EvoNormB0(BatchStatistics):
     r"""Batch normalization and its activation in one, found by evolution.
 
     Takes the place of a batch normalization and of the ReLU behind it.
@@ -32,7 +32,8 @@ class EvoNormB0(Normalization):
         epsilon: added to both variances. Default 1e-3.
         center, scale: whether to use `beta` and `gamma`.
         v_initializer: of `v`, one value per channel. Default `"ones"`.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 3 or more.

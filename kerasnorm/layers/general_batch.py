@@ -13,11 +13,11 @@ from kerasnorm import adoption, moving_statistics, numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers import group
 from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class GeneralBatchNormalization(Normalization):
+class GeneralBatchNormalization(BatchStatistics):
     r"""Normalizes each unit by a set of reference units in the whole batch.
 
     The set is all samples, times the axes in `over`, times a group of channels:
@@ -41,7 +41,8 @@ class GeneralBatchNormalization(Normalization):
         momentum: weight of the old moving statistics, 0 to 1. Default 0.99.
         epsilon: added to the variance. Default 1e-3.
         center, scale: whether to use `beta` and `gamma`, one value per channel.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.
@@ -141,7 +142,7 @@ class GeneralBatchNormalization(Normalization):
         found = self.pooled(x, mask, (0, *over))
         rate = 1 - self.momentum
         if mask is not None:
-            there = ops.any(mask, (0, *over), keepdims=True)
+            there = numerics.valid(mask, (0, *over), keepdims=True)
             rate = rate * ops.cast(there, x.dtype)
         for variable, old, new in zip(
             (self.moving_mean, self.moving_variance), moving, found, strict=True
@@ -156,6 +157,7 @@ class GeneralBatchNormalization(Normalization):
         weight = 1.0
         if mask is not None:
             weight = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True)
+            (weight,) = numerics.totals(axes, weight)
         return numerics.pool_groups(mean, variance, groups, weight)
 
 

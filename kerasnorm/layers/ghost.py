@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
+from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.method import Case, declare
@@ -22,7 +22,8 @@ class GhostBatchNormalization(BatchNormalization):
         inference:  batch normalization
 
     Parts are `ghost_batch_size` consecutive samples; the last one may be smaller. The
-    moving statistics take the parts in one by one, in order.
+    moving statistics take the parts in one by one, in order. Each replica of a strategy
+    cuts its own batch; synchronized, the moving statistics take in the parts of all.
 
     Paper: Hoffer, Hubara and Soudry, 2017, https://arxiv.org/abs/1705.08741
 
@@ -61,7 +62,8 @@ class GhostBatchNormalization(BatchNormalization):
     def normalize(self, x, mask, training):
         training = training and self.trainable
         size, batch = self.ghost_batch_size, x.shape[0]
-        if not training or (batch is not None and batch <= size):
+        alone = batch is not None and batch <= size and not backend.is_synchronized()
+        if not training or alone:
             return super().normalize(x, mask, training)
         count, positions = ops.shape(x)[0], ops.shape(x)[1]
         whole = batch is not None and batch % size == 0
@@ -75,19 +77,24 @@ class GhostBatchNormalization(BatchNormalization):
 
         x, mask = parts(x), None if mask is None else parts(mask)
         mean, variance = numerics.moments(x, (1,), mask)
-        self._update_in_order(mean[:, 0], variance[:, 0], mask)
+        there = None if mask is None else ops.any(mask, axis=1)
+        self._update_in_order(mean[:, 0], variance[:, 0], there)
         gamma, beta = self.affine(x.dtype)
         inverse = numerics.inverse_root(variance, self.epsilon)
         y = numerics.scale_shift(x, mean, inverse, gamma, beta)
         y = ops.reshape(y, (-1, positions, y.shape[-1]))
         return y if whole else y[:count]
 
-    def _update_in_order(self, mean, variance, mask):
+    def _update_in_order(self, mean, variance, there):
         # moving <- moving * m + part * (1 - m), part by part: a part that the mask
         # leaves nothing of does not count.
         keep = ops.ones_like(mean) * self.momentum
-        if mask is not None:
-            keep = ops.where(ops.any(mask, axis=1), keep, ops.ones((), keep.dtype))
+        if there is not None:
+            keep = ops.where(there, keep, ops.ones((), keep.dtype))
+        if backend.is_synchronized():
+            mean, variance, keep = (
+                backend.gather_over_replicas(v)[0] for v in (mean, variance, keep)
+            )
         after = ops.flip(ops.cumprod(ops.flip(keep, 0), 0), 0)  # of this part and later
         weight = ops.concatenate([after[1:], ops.ones_like(keep[:1])]) * (1 - keep)
         for moving, new in ((self.moving_mean, mean), (self.moving_variance, variance)):

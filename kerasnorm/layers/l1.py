@@ -59,7 +59,7 @@ class L1BatchNormalization(lp.LpBatchNormalization):
         super().__init__(1, True, axis, momentum, epsilon, center, scale, **kwargs)
 
     def batch_statistics(self, x, mask):
-        if mask is not None:
+        if mask is not None or backend.is_synchronized():
             return super().batch_statistics(x, mask)
 
         def kernel(x):

@@ -9,14 +9,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
+from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class LpBatchNormalization(Normalization):
+class LpBatchNormalization(BatchStatistics):
     r"""Batch normalization with another norm in the place of the standard deviation.
 
         s = (mean(|x - mean(x)|**p) / c)**(1 / p)
@@ -38,7 +38,8 @@ class LpBatchNormalization(Normalization):
         momentum: weight of the old moving statistics, 0 to 1. Default 0.99.
         epsilon: added to s, and so of its unit. Default 1e-5.
         center, scale: whether to use `beta` and `gamma`.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.
@@ -99,6 +100,9 @@ class LpBatchNormalization(Normalization):
             deviation = ops.where(mask, deviation, ops.zeros((), x.dtype))
         # In units of the largest, whose p-th power is finite; s does not depend on it.
         largest = ops.stop_gradient(ops.max(deviation, (0, 1), keepdims=True))
+        if backend.is_synchronized():
+            everywhere, _ = backend.gather_over_replicas(largest)
+            largest = ops.max(everywhere, 0, keepdims=True)
         flat = largest == 0
         unit = ops.where(flat, ops.ones_like(largest), largest)
         deviation = deviation / unit

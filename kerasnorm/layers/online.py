@@ -40,7 +40,9 @@ class OnlineNormalization(BatchNormalization):
 
     u and v are weights that the optimizer overwrites with their new values. They are
     in units of the gradient: a change of a dynamic loss scale is felt until they
-    follow. Over replicas they are averaged. Accumulation of gradients (Keras keeps the
+    follow. Replicas of a strategy follow streams of their own, and average what they
+    know after each step; synchronized, they follow one stream, in the order of the
+    whole batch. Accumulation of gradients (Keras keeps the
     maximum) and several calls of one layer in a step do not suit them.
 
     Paper: Chiley et al., 2019, https://arxiv.org/abs/1905.05894
@@ -125,6 +127,7 @@ class OnlineNormalization(BatchNormalization):
         m, v = (s[:, 0] for s in numerics.moments(ops.stop_gradient(x), (1,), mask))
         # A sample without a valid position leaves the statistics alone.
         rate = (1 - a) * (ops.ones_like(m) if seen is None else seen)
+        own, (m, v, rate) = _in_order(m, v, rate)
         means = numerics.recurrence(1 - rate, rate * m, mean)
         before = numerics.delayed(means, mean)
         jump = rate * (v + (1 - rate) * ops.square(m - before))
@@ -138,16 +141,20 @@ class OnlineNormalization(BatchNormalization):
             x,
             ops.cast(self.mean_control, x.dtype),
             ops.cast(self.scale_control, x.dtype),
-            ops.expand_dims(before, 1),
-            ops.expand_dims(inverse, 1),
+            ops.expand_dims(own(before), 1),
+            ops.expand_dims(own(inverse), 1),
         )
         return mask, y
 
     def _controlled(self, mask):
         c = 1 - self.backward_momentum
 
-        def average(v):
-            return numerics.moments(v, (1,), mask)[0][:, 0]
+        def averages(*values):
+            """Of each sample, of all replicas; and the function that cuts."""
+            with self.over_replicas():
+                return _in_order(
+                    *(numerics.moments(v, (1,), mask)[0][:, 0] for v in values)
+                )
 
         def kernel(x, u, v, mean, inverse):
             y = (x - mean) * inverse
@@ -156,24 +163,33 @@ class OnlineNormalization(BatchNormalization):
 
             def backward(g):
                 # Bounded: outliers beyond 1 / c would turn the control unstable.
-                power = ops.minimum(c * average(ops.square(y)), 1.0)
-                errors = numerics.recurrence(1 - power, average(g * y), v)
-                g = g - c * ops.expand_dims(numerics.delayed(errors, v), 1) * y
+                own, (power, error) = averages(ops.square(y), g * y)
+                power = ops.minimum(c * power, 1.0)
+                errors = numerics.recurrence(1 - power, error, v)
+                g = g - c * ops.expand_dims(own(numerics.delayed(errors, v)), 1) * y
                 g = g * inverse
-                drift = average(g)
+                own, (drift,) = averages(g)
                 drifts = numerics.recurrence(ops.full_like(drift, 1 - c), drift, u)
-                dx = g - c * ops.expand_dims(numerics.delayed(drifts, u), 1)
+                dx = g - c * ops.expand_dims(own(numerics.delayed(drifts, u)), 1)
                 if mask is not None:
                     dx = ops.where(mask, dx, ops.zeros((), dx.dtype))
                 if self.compute_dtype == "float16":
                     dx = ops.clip(dx, -65504.0, 65504.0)
-                share = 1 / backend.replicas()  # the optimizer sums over replicas
                 rest = (ops.zeros_like(mean), ops.zeros_like(inverse))
-                return (dx, drifts[-1] * share, errors[-1] * share, *rest)
+                return (dx, drifts[-1], errors[-1], *rest)
 
             return y, backward
 
         return kernel
+
+
+def _in_order(*values):
+    """One row per sample, of all replicas in their order where synchronized; before
+    them the function that cuts out the rows of this one."""
+    if not backend.is_synchronized():
+        return (lambda v: v), values
+    pairs = [backend.gather_over_replicas(v) for v in values]
+    return pairs[0][1], [v for v, _ in pairs]
 
 
 @oracles.flat

@@ -11,11 +11,11 @@ from keras import ops
 from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class PowerNormalization(Normalization):
+class PowerNormalization(BatchStatistics):
     r"""Divides each channel by the moving root mean square, for transformers.
 
     In language, batch statistics jump from batch to batch, the mean most of all; so
@@ -41,7 +41,8 @@ class PowerNormalization(Normalization):
         center, scale: whether to use `beta` and `gamma`.
         backward_momentum: b, 0 to 1. Default 0.9.
         warmup_steps: training steps with batch statistics. Default 10000.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.
@@ -136,12 +137,13 @@ class PowerNormalization(Normalization):
 
             def backward(g):
                 g = g - c * e * z
-                new = e + numerics.moments(g * z, (0, 1), mask)[0][0, 0]
+                with self.over_replicas():
+                    new = e + numerics.moments(g * z, (0, 1), mask)[0][0, 0]
                 dx = g * own
                 if self.compute_dtype == "float16":
                     dx = ops.clip(dx, -65504.0, 65504.0)
                 rest = (ops.zeros_like(used), ops.zeros_like(own))
-                return (dx, new / backend.replicas(), *rest)
+                return (dx, new, *rest)
 
             return z, backward
 

@@ -10,11 +10,11 @@ from keras import ops
 
 from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class BatchRenormalization(Normalization):
+class BatchRenormalization(BatchStatistics):
     r"""Batch normalization corrected toward its own moving statistics.
 
     For small or dependent batches: each sample is normalized nearly as at inference,
@@ -41,7 +41,8 @@ class BatchRenormalization(Normalization):
         dmax: largest correction of the mean, in standard deviations. Default 5.
         warmup_steps, rmax_steps, dmax_steps: the schedule, in training steps. Defaults
             5000, 40000 and 25000.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.

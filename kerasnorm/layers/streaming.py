@@ -11,7 +11,7 @@ from keras import ops
 from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 # What `clock` counts: calls that saw something and passes, both since the last weight
@@ -20,7 +20,7 @@ CALLS, PASSES, PARITY, STATISTICS, GRADIENTS = range(5)
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class StreamingNormalization(Normalization):
+class StreamingNormalization(BatchStatistics):
     r"""Normalizes each channel by statistics streamed over past samples.
 
     Made for small batches, single samples, and layers called at every time step. The
@@ -75,7 +75,8 @@ class StreamingNormalization(Normalization):
             batch. Default `"stream"`.
         accumulation_steps: calls of the layer per weight update that the optimizer
             accumulates. Default 1.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.
@@ -280,11 +281,15 @@ def _read(variable):
 
 def _average(v, mask):
     """Mean over batch and positions, of what the mask lets in; `(channels,)`."""
-    if mask is None:
+    if mask is None and not backend.is_synchronized():
         return ops.mean(v, axis=(0, 1))
-    mask = ops.broadcast_to(mask, ops.shape(v))
-    total = ops.sum(ops.where(mask, v, ops.zeros((), v.dtype)), axis=(0, 1))
-    return total / ops.maximum(ops.sum(ops.cast(mask, v.dtype), axis=(0, 1)), 1)
+    mask = ops.broadcast_to(True if mask is None else mask, ops.shape(v))
+    total, count = numerics.totals(
+        (0, 1),
+        ops.sum(ops.where(mask, v, ops.zeros((), v.dtype)), axis=(0, 1)),
+        ops.sum(ops.cast(mask, v.dtype), axis=(0, 1)),
+    )
+    return total / ops.maximum(count, 1)
 
 
 def _root(v, p):
@@ -311,6 +316,7 @@ def _mixture(a, b):
 
     def kernel(now, stream, long, long_gradient, clock, seen):
         average, calls = stream[:-1], stream[-1]
+        everywhere = backend.is_synchronized()
         now = ops.where(seen > 0, now, ops.where(calls > 0, average, long))
         any_seen = ops.max(seen)
         after = calls + any_seen
@@ -320,10 +326,14 @@ def _mixture(a, b):
         used = a[0] * old + a[1] * short + a[2] * now
 
         def backward(g, later):
+            if everywhere:  # what flows back on all replicas is one gradient
+                (g,) = backend.sum_over_replicas(g)
             total, n = later[:-1] + g * any_seen, later[-1] + any_seen
             mean = total / ops.maximum(n, 1)
             past = ops.where(clock[GRADIENTS] > 0.5, long_gradient, mean)
             dnow = (b[0] * past + b[1] * mean + b[2] * g) * seen
+            if everywhere:  # each passes on its share: they are added up below
+                dnow = dnow / backend.replicas()
             dstream = ops.concatenate([total, ops.reshape(n, (1,))])
             rest = (long, long_gradient, clock, seen)
             return (dnow, dstream, *(ops.zeros_like(v) for v in rest))

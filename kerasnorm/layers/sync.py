@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import keras
 import numpy as np
-from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
+from kerasnorm import adoption, moving_statistics, oracles
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.method import Case, declare
 
@@ -15,7 +14,8 @@ from kerasnorm.method import Case, declare
 class SynchronizedBatchNormalization(BatchNormalization):
     r"""Batch normalization with statistics over the batches of all replicas.
 
-    The same function as batch normalization of the whole batch, however many devices
+    `BatchNormalization(synchronized=True)` under the name it has elsewhere: the same
+    function as batch normalization of the whole batch, however many devices
     it is spread over:
 
         n, sum(x)                     summed over replicas:  mean
@@ -30,6 +30,8 @@ class SynchronizedBatchNormalization(BatchNormalization):
     Peng et al., 2017, https://arxiv.org/abs/1711.07240
 
     Args:
+        axis, momentum, epsilon, center, scale: as for `BatchNormalization`.
+        synchronized: False leaves each replica its own statistics. Default True.
         **kwargs: those of `BatchNormalization`.
 
     Call arguments:
@@ -38,24 +40,19 @@ class SynchronizedBatchNormalization(BatchNormalization):
         mask: boolean, the leading axes of the input; masked positions do not count.
     """
 
-    def normalize(self, x, mask, training):
-        if not (training and self.trainable) or backend.replicas() == 1:
-            return super().normalize(x, mask, training)
-        valid = ops.ones_like(x[:, :, :1], "bool") if mask is None else mask
-        zero = ops.zeros((), x.dtype)
-
-        def total(v):
-            return backend.sum_over_replicas(ops.sum(v, (0, 1)))
-
-        weight = ops.broadcast_to(ops.cast(valid, x.dtype), ops.shape(x))
-        count = total(weight)
-        n = ops.maximum(count, 1)
-        mean = total(ops.where(valid, x, zero)) / n
-        variance = total(ops.where(valid, ops.square(x - mean), zero)) / n
-        moving = self.moving(x.dtype)
-        self._update(moving, mean, variance, ops.cast(count > 0, x.dtype))
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        return numerics.scale_shift(x, mean, inverse, *self.affine(x.dtype))
+    def __init__(
+        self,
+        axis=-1,
+        momentum=0.99,
+        epsilon=1e-3,
+        center=True,
+        scale=True,
+        *,
+        synchronized=True,
+        **kwargs,
+    ):
+        kwargs["synchronized"] = synchronized
+        super().__init__(axis, momentum, epsilon, center, scale, **kwargs)
 
 
 @oracles.flat

@@ -9,11 +9,11 @@ from keras import ops
 from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class TimeSpecificBatchNormalization(Normalization):
+class TimeSpecificBatchNormalization(BatchStatistics):
     r"""Batch normalization with moving statistics of its own for each time step.
 
     What a recurrent network computes has other statistics at the start of a sequence
@@ -37,7 +37,8 @@ class TimeSpecificBatchNormalization(Normalization):
         center, scale: whether to use `beta` and `gamma`.
         max_steps: how many time steps have statistics of their own. By default as many
             as the input has when the layer is built.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: `(batch, time, ..., channels)`, or one time step of rank 2.
@@ -107,7 +108,7 @@ class TimeSpecificBatchNormalization(Normalization):
             mean, variance = numerics.moments(x, (0, 2), mask)  # (1, T, 1, C)
             seen = ops.ones((1, 1), x.dtype)
             if mask is not None:
-                seen = ops.cast(ops.any(mask, axis=(0, 2)), x.dtype)  # (T, 1 or C)
+                seen = ops.cast(numerics.valid(mask, (0, 2)), x.dtype)  # (T, 1 or C)
             own = ops.minimum(ops.arange(steps), times - 1)
             there = ops.cast(ops.arange(steps) < times, x.dtype)[:, None]
             seen = ops.take(

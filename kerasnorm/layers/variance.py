@@ -10,11 +10,11 @@ from keras import ops
 
 from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.normalization import BatchStatistics
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class VarianceNormalization(Normalization):
+class VarianceNormalization(BatchStatistics):
     r"""Batch normalization that divides, and does not centre.
 
     Shows how much of batch normalization's effect is that of its scale alone.
@@ -32,7 +32,8 @@ class VarianceNormalization(Normalization):
         momentum: weight of the old moving variance, 0 to 1. Default 0.9.
         epsilon: added to the variance. Default 1e-5.
         center, scale: whether to use `beta` and `gamma`.
-        **kwargs: see `kerasnorm.Normalization`.
+        **kwargs: `synchronized`, see `kerasnorm.BatchStatistics`; and those of
+            `kerasnorm.Normalization`.
 
     Call arguments:
         inputs: any shape of rank 2 or more.

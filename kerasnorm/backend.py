@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -220,70 +219,6 @@ def column_sum(x: Tensor) -> Tensor:
         ones = ops.ones((1, ops.shape(x)[0]), x.dtype)
         return ops.reshape(ops.matmul(ones, x), (x.shape[-1],))
     return ops.sum(x, axis=0)
-
-
-def replicas() -> int:
-    """Number of replicas that each run this code on their own part of the batch.
-
-    On TensorFlow, those of the `tf.distribute` strategy in whose replica context the
-    call is made. On JAX always 1: there a program sees the whole batch, and the
-    compiler inserts the communication that its sharding asks for.
-    """
-    if keras.backend.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    return 1 if context is None else context.num_replicas_in_sync
-
-
-# Replicas of a MirroredStrategy are traced in threads of their own.
-_scope = threading.local()
-
-
-@contextlib.contextmanager
-def synchronized(on: bool = True) -> Iterator[None]:
-    """Context in which statistics of the batch are those of the batches of all
-    replicas together: `moments`, `pool`, `covariance` and `valid` of
-    `kerasnorm.numerics`. On one device, on JAX, and with `on=False` it does nothing."""
-    before = getattr(_scope, "on", False)
-    _scope.on = on
-    try:
-        yield
-    finally:
-        _scope.on = before
-
-
-def is_synchronized() -> bool:
-    """Whether there are other replicas whose statistics count: see `synchronized`."""
-    return getattr(_scope, "on", False) and replicas() > 1
-
-
-def sum_over_replicas(*tensors: Tensor) -> list[Tensor]:
-    """Sums of the tensors of all replicas, the same on each; differentiable."""
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    return context.all_reduce("SUM", [tf.convert_to_tensor(t) for t in tensors])
-
-
-def gather_over_replicas(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The tensors of all replicas one after the other, in their order.
-
-    Args:
-        x: `(rows, ...)`, where each replica may have another number of rows.
-
-    Returns:
-        `(all rows, ...)`, the same on each replica, and a function that cuts the rows
-        of this replica out of such a tensor.
-    """
-    import tensorflow as tf
-
-    context = tf.distribute.get_replica_context()
-    rows: Any = tf.shape(x)[:1]
-    sizes = context.all_gather(rows, axis=0)
-    start = tf.reduce_sum(sizes[: context.replica_id_in_sync_group])
-    return context.all_gather(x, axis=0), lambda v: v[start : start + rows[0]]
 
 
 def fused_batch_normalization(

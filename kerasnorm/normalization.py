@@ -17,7 +17,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasnorm import backend, numerics
+from kerasnorm import numerics, replicas
 from kerasnorm.errors import KerasNormError
 
 
@@ -235,7 +235,7 @@ class BatchStatistics(Normalization):
     def over_replicas(self):
         """Context in which `numerics` reduces over replicas, where asked for; for
         backward passes, which run outside of the call."""
-        return backend.synchronized(self.synchronized)
+        return replicas.synchronized(self.synchronized)
 
     def channel_weight(self, name, shape, **kwargs):
         # What each replica finds by itself, or has sent back through the optimizer.

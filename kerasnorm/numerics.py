@@ -13,7 +13,7 @@ from typing import Any
 
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm import backend, replicas
 
 
 Tensor = Any
@@ -56,7 +56,7 @@ def moments(
         `(mean, variance)`, both broadcastable to `x`. Where nothing counts both are 0.
     """
     axes = tuple(a % len(x.shape) for a in axes)
-    if mask is not None or _across(axes):
+    if mask is not None or replicas.across(axes):
         return _counted_moments(x, axes, mask, center)
 
     n = _size(x, axes)
@@ -88,34 +88,14 @@ def _counted_moments(x, axes, mask, center):
         # A mask of size 1 along a reduced axis stands for all of it.
         repeats = [a for a in axes if mask.shape[a] == 1]
         n = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True) * _size(x, repeats)
-    n, total = totals(axes, n, ops.sum(x, axes, keepdims=True))
+    n, total = replicas.totals(axes, n, ops.sum(x, axes, keepdims=True))
     n = ops.maximum(n, 1)
     mean = total / n if center else ops.zeros_like(total)
     square = ops.square(x - mean)
     if mask is not None:
         square = ops.where(mask, square, zero)
-    (square,) = totals(axes, ops.sum(square, axes, keepdims=True))
+    (square,) = replicas.totals(axes, ops.sum(square, axes, keepdims=True))
     return mean, square / n
-
-
-def _across(axes: Sequence[int]) -> bool:
-    """Whether a reduction over these axes goes on over the replicas."""
-    return 0 in axes and backend.is_synchronized()
-
-
-def totals(axes: Sequence[int], *sums: Tensor) -> list[Tensor]:
-    """Sums over `axes` as they are, and added up over the replicas where the batch is
-    one of the axes and statistics are synchronized (`backend.synchronized`)."""
-    return backend.sum_over_replicas(*sums) if _across(axes) else list(sums)
-
-
-def valid(mask: Tensor, axes: Sequence[int], keepdims: bool = False) -> Tensor:
-    """Whether anything along `axes` counts, on any replica where synchronized."""
-    found = ops.any(mask, axes, keepdims=keepdims)
-    if not _across(axes):
-        return found
-    (number,) = totals(axes, ops.cast(found, "float32"))
-    return number > 0
 
 
 def _size(x: Tensor, axes: Sequence[int]) -> Tensor | float:
@@ -138,7 +118,7 @@ def seen(mask: Tensor | None, dtype: str) -> Tensor | float:
     """1 where a channel has any valid position in the batch, 0 where it has none."""
     if mask is None:
         return 1.0
-    return ops.cast(valid(mask, (0, 1)), dtype)
+    return ops.cast(replicas.any_valid(mask, (0, 1)), dtype)
 
 
 def pool(
@@ -152,20 +132,17 @@ def pool(
         weight: number of elements of each part, broadcastable to `mean`; 1.0 where all
             are of one size.
     """
-    if isinstance(weight, float) and not _across(axes):
+    if isinstance(weight, float) and not replicas.across(axes):
         pooled = ops.mean(mean, axes, keepdims=True)
         spread = variance + ops.square(mean - pooled)
         return pooled, ops.mean(spread, axes, keepdims=True)
     weight = ops.broadcast_to(ops.cast(weight, mean.dtype), ops.shape(mean))
-    total, pooled = totals(
-        axes,
-        ops.sum(weight, axes, keepdims=True),
-        ops.sum(mean * weight, axes, keepdims=True),
-    )
+    sums = (ops.sum(v, axes, keepdims=True) for v in (weight, mean * weight))
+    total, pooled = replicas.totals(axes, *sums)
     total = ops.maximum(total, 1)
     pooled = pooled / total
     spread = (variance + ops.square(mean - pooled)) * weight
-    (spread,) = totals(axes, ops.sum(spread, axes, keepdims=True))
+    (spread,) = replicas.totals(axes, ops.sum(spread, axes, keepdims=True))
     return pooled, spread / total
 
 
@@ -396,7 +373,7 @@ def covariance(
     columns = ops.reshape(centred, (-1, x.shape[-1] // size, size))
     columns = ops.transpose(columns, (1, 2, 0))
     products = ops.matmul(columns, ops.transpose(columns, (0, 2, 1)))
-    n, products = totals((0, 1), n, products)
+    n, products = replicas.totals((0, 1), n, products)
     return mean, centred, products / ops.maximum(n, 1)
 
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics
+from kerasnorm import adoption, backend, moving_statistics, numerics, replicas
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
 from kerasnorm.normalization import BatchStatistics
 
@@ -78,7 +78,7 @@ class BatchNormalization(BatchStatistics):
         if not training:
             inverse = numerics.inverse_root(moving[1], self.epsilon)
             return numerics.scale_shift(x, moving[0], inverse, gamma, beta)
-        if mask is None and not backend.is_synchronized():
+        if mask is None and not replicas.together():
             channels = moving[0].shape
             fused = backend.fused_batch_normalization(
                 x,

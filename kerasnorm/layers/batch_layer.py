@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics
+from kerasnorm import adoption, moving_statistics, numerics, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Reason, Refusal, declare
 from kerasnorm.normalization import BatchStatistics
@@ -84,10 +84,10 @@ class BatchLayerNormalization(BatchStatistics):
         mean, variance = moving
         if training and self.trainable:
             mean, variance = numerics.moments(x, (0,), mask)
-            (size,) = numerics.totals((0,), ops.cast(ops.shape(x)[0], x.dtype))
+            (size,) = replicas.totals((0,), ops.cast(ops.shape(x)[0], x.dtype))
             rate = 1 - self.momentum
             if mask is not None:
-                rate = rate * ops.cast(numerics.valid(mask, (0,)), x.dtype)
+                rate = rate * ops.cast(replicas.any_valid(mask, (0,)), x.dtype)
             self.moving_mean.assign(moving[0] + (mean[0] - moving[0]) * rate)
             self.moving_variance.assign(moving[1] + (variance[0] - moving[1]) * rate)
             self.batch_size.assign(size)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics
+from kerasnorm import adoption, moving_statistics, numerics, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers import group
 from kerasnorm.method import Case, declare
@@ -142,7 +142,7 @@ class GeneralBatchNormalization(BatchStatistics):
         found = self.pooled(x, mask, (0, *over))
         rate = 1 - self.momentum
         if mask is not None:
-            there = numerics.valid(mask, (0, *over), keepdims=True)
+            there = replicas.any_valid(mask, (0, *over), keepdims=True)
             rate = rate * ops.cast(there, x.dtype)
         for variable, old, new in zip(
             (self.moving_mean, self.moving_variance), moving, found, strict=True
@@ -157,7 +157,7 @@ class GeneralBatchNormalization(BatchStatistics):
         weight = 1.0
         if mask is not None:
             weight = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True)
-            (weight,) = numerics.totals(axes, weight)
+            (weight,) = replicas.totals(axes, weight)
         return numerics.pool_groups(mean, variance, groups, weight)
 
 

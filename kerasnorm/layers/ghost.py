@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
+from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.method import Case, declare
@@ -62,7 +62,7 @@ class GhostBatchNormalization(BatchNormalization):
     def normalize(self, x, mask, training):
         training = training and self.trainable
         size, batch = self.ghost_batch_size, x.shape[0]
-        alone = batch is not None and batch <= size and not backend.is_synchronized()
+        alone = batch is not None and batch <= size and not replicas.together()
         if not training or alone:
             return super().normalize(x, mask, training)
         count, positions = ops.shape(x)[0], ops.shape(x)[1]
@@ -91,9 +91,9 @@ class GhostBatchNormalization(BatchNormalization):
         keep = ops.ones_like(mean) * self.momentum
         if there is not None:
             keep = ops.where(there, keep, ops.ones((), keep.dtype))
-        if backend.is_synchronized():
+        if replicas.together():
             mean, variance, keep = (
-                backend.gather_over_replicas(v)[0] for v in (mean, variance, keep)
+                replicas.gather(v)[0] for v in (mean, variance, keep)
             )
         after = ops.flip(ops.cumprod(ops.flip(keep, 0), 0), 0)  # of this part and later
         weight = ops.concatenate([after[1:], ops.ones_like(keep[:1])]) * (1 - keep)

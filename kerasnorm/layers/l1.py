@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend, moving_statistics, oracles
+from kerasnorm import backend, moving_statistics, oracles, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers import lp
 from kerasnorm.method import Case, declare
@@ -59,7 +59,7 @@ class L1BatchNormalization(lp.LpBatchNormalization):
         super().__init__(1, True, axis, momentum, epsilon, center, scale, **kwargs)
 
     def batch_statistics(self, x, mask):
-        if mask is not None or backend.is_synchronized():
+        if mask is not None or replicas.together():
             return super().batch_statistics(x, mask)
 
         def kernel(x):

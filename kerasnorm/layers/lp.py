@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
+from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
 from kerasnorm.normalization import BatchStatistics
@@ -100,8 +100,8 @@ class LpBatchNormalization(BatchStatistics):
             deviation = ops.where(mask, deviation, ops.zeros((), x.dtype))
         # In units of the largest, whose p-th power is finite; s does not depend on it.
         largest = ops.stop_gradient(ops.max(deviation, (0, 1), keepdims=True))
-        if backend.is_synchronized():
-            everywhere, _ = backend.gather_over_replicas(largest)
+        if replicas.together():
+            everywhere, _ = replicas.gather(largest)
             largest = ops.max(everywhere, 0, keepdims=True)
         flat = largest == 0
         unit = ops.where(flat, ops.ones_like(largest), largest)

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
+from kerasnorm import adoption, backend, moving_statistics, numerics, oracles, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
@@ -186,9 +186,9 @@ class OnlineNormalization(BatchNormalization):
 def _in_order(*values):
     """One row per sample, of all replicas in their order where synchronized; before
     them the function that cuts out the rows of this one."""
-    if not backend.is_synchronized():
+    if not replicas.together():
         return (lambda v: v), values
-    pairs = [backend.gather_over_replicas(v) for v in values]
+    pairs = [replicas.gather(v) for v in values]
     return pairs[0][1], [v for v, _ in pairs]
 
 

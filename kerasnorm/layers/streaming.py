@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
+from kerasnorm import adoption, backend, moving_statistics, numerics, oracles, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
 from kerasnorm.normalization import BatchStatistics
@@ -281,14 +281,12 @@ def _read(variable):
 
 def _average(v, mask):
     """Mean over batch and positions, of what the mask lets in; `(channels,)`."""
-    if mask is None and not backend.is_synchronized():
+    if mask is None and not replicas.together():
         return ops.mean(v, axis=(0, 1))
     mask = ops.broadcast_to(True if mask is None else mask, ops.shape(v))
-    total, count = numerics.totals(
-        (0, 1),
-        ops.sum(ops.where(mask, v, ops.zeros((), v.dtype)), axis=(0, 1)),
-        ops.sum(ops.cast(mask, v.dtype), axis=(0, 1)),
-    )
+    v = ops.where(mask, v, ops.zeros((), v.dtype))
+    sums = (ops.sum(part, axis=(0, 1)) for part in (v, ops.cast(mask, v.dtype)))
+    total, count = replicas.totals((0, 1), *sums)
     return total / ops.maximum(count, 1)
 
 
@@ -316,7 +314,7 @@ def _mixture(a, b):
 
     def kernel(now, stream, long, long_gradient, clock, seen):
         average, calls = stream[:-1], stream[-1]
-        everywhere = backend.is_synchronized()
+        copies = replicas.count() if replicas.together() else 1
         now = ops.where(seen > 0, now, ops.where(calls > 0, average, long))
         any_seen = ops.max(seen)
         after = calls + any_seen
@@ -326,14 +324,13 @@ def _mixture(a, b):
         used = a[0] * old + a[1] * short + a[2] * now
 
         def backward(g, later):
-            if everywhere:  # what flows back on all replicas is one gradient
-                (g,) = backend.sum_over_replicas(g)
+            if copies > 1:  # what flows back on all replicas is one gradient
+                (g,) = replicas.sum_all(g)
             total, n = later[:-1] + g * any_seen, later[-1] + any_seen
             mean = total / ops.maximum(n, 1)
             past = ops.where(clock[GRADIENTS] > 0.5, long_gradient, mean)
-            dnow = (b[0] * past + b[1] * mean + b[2] * g) * seen
-            if everywhere:  # each passes on its share: they are added up below
-                dnow = dnow / backend.replicas()
+            # Each passes on its share: the sum over replicas has a sum as gradient.
+            dnow = (b[0] * past + b[1] * mean + b[2] * g) * seen / copies
             dstream = ops.concatenate([total, ops.reshape(n, (1,))])
             rest = (long, long_gradient, clock, seen)
             return (dnow, dstream, *(ops.zeros_like(v) for v in rest))

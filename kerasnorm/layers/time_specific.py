@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
+from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Reason, Refusal, declare
 from kerasnorm.normalization import BatchStatistics
@@ -108,7 +108,8 @@ class TimeSpecificBatchNormalization(BatchStatistics):
             mean, variance = numerics.moments(x, (0, 2), mask)  # (1, T, 1, C)
             seen = ops.ones((1, 1), x.dtype)
             if mask is not None:
-                seen = ops.cast(numerics.valid(mask, (0, 2)), x.dtype)  # (T, 1 or C)
+                seen = replicas.any_valid(mask, (0, 2))  # (T, 1 or C)
+                seen = ops.cast(seen, x.dtype)
             own = ops.minimum(ops.arange(steps), times - 1)
             there = ops.cast(ops.arange(steps) < times, x.dtype)[:, None]
             seen = ops.take(

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm import backend, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.flow import Flow
 from kerasnorm.sphere import geometry
@@ -280,10 +280,10 @@ class OnSphere(keras.optimizers.Optimizer):
     def _update_jointly(self, grads: Any, variables: Any, rate: Tensor) -> None:
         """One sphere of all weights: their step is known only when all are made."""
         plain, inner = self._plain["_backend_update_step"], self.inner_optimizer
-        if backend.replicas() > 1:
+        if replicas.count() > 1:
             raise KerasNormError(
                 'spheres="joint" needs all weights at once',
-                got=f"{backend.replicas()} replicas",
+                got=f"{replicas.count()} replicas",
                 fix='Use spheres="unit" or "layer" there.',
             )
         places = [inner._get_variable_index(v) for v in variables]

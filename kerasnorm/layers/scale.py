@@ -72,8 +72,13 @@ class ScaleNormalization(Normalization):
         gamma, beta = self.affine(x.dtype)
         channels = x.shape[-1]
         gain = ops.ones((1,), x.dtype) if gamma is None else gamma
-        gain = ops.broadcast_to(gain / math.sqrt(channels), (channels,))
-        return numerics.standardize_rows(x, self.epsilon, gain, beta, center=False)
+        return numerics.standardize_rows(
+            x,
+            self.epsilon,
+            beta=beta,
+            center=False,
+            gain=gain / math.sqrt(channels),
+        )
 
 
 def oracle(x, weights, config, training, mask):

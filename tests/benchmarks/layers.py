@@ -1,11 +1,18 @@
-"""kerasnorm's layers beside Keras's own: seconds as a ratio, ours over Keras's.
+"""kerasnorm's layers beside their twins: seconds as a ratio, ours over theirs.
 
-    python tests/benchmarks/layers.py [--repeats 15] [--methods batch group ...]
+    python tests/benchmarks/layers.py [--methods batch group ...] [--repeats 9]
+    python tests/benchmarks/layers.py --peer tfa --python /path/to/python
 
-Both sides compute the same and take turns within one run; medians. "forward" and
-"backward" (forward and backward pass, gradients of inputs and weights) are in training
-mode; "graph" is TensorFlow's plain graph, "xla" compiled. KERAS_BACKEND=jax has xla
-alone. A ratio below 1 is faster than Keras.
+Twins are those of Keras 3, of tf-keras (Keras 2 with TensorFlow's fused kernels, in the
+same process) and, with the second form, of tensorflow-addons, which runs in an
+environment of its own (requirements-tfa.txt). All sides compute the same and take turns;
+the least time of each counts. Those of tensorflow-addons, of another TensorFlow, are
+taken in units of a yardstick, a multiply-add copy that both time in the same turns.
+
+"forward" and "backward" (forward and backward pass, gradients of inputs and weights) are
+in training mode, moving statistics updated. "graph" is TensorFlow's plain graph, "xla"
+compiled; KERAS_BACKEND=jax has xla and Keras alone. Below 1 is faster than the twin;
+"floor" is our time over the yardstick's.
 """
 
 from __future__ import annotations
@@ -14,42 +21,126 @@ import argparse
 import math
 import os
 import statistics
-import time
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
-import numpy as np
-from keras import layers, tree
+import timing
+from keras import layers
 
 from kerasnorm import backend
 from kerasnorm.method import get
 
 
-IMAGES = [(64, 32, 32, 64), (16, 56, 56, 64), (128, 8, 8, 256)]
+IMAGES = [
+    (64, 32, 32, 64),
+    (16, 56, 56, 64),
+    (128, 8, 8, 256),
+    (32, 16, 16, 128),
+    (8, 28, 28, 192),
+    (2, 128, 128, 64),
+    (256, 4, 4, 512),
+    (4, 56, 56, 256),
+]
 SEQUENCES = [(32, 128, 512), (8, 1024, 256)]
-VECTORS = [(256, 512)]
+VECTORS = [(256, 512), (4096, 128)]
 SHAPES = IMAGES + SEQUENCES + VECTORS
+# A convolution or dense layer runs behind the kernel, and hides it on larger inputs.
+WRAPPED = [
+    (2, 32, 32, 64),
+    (1, 28, 28, 128),
+    (4, 8, 8, 256),
+    (8, 16, 16, 32),
+    (4, 128, 512),
+    (2, 256, 256),
+    (64, 512),
+    (16, 2048),
+]
 
-# Method -> Keras's layer, arguments of ours, arguments of theirs, shapes.
-PAIRS = {
-    "batch": (layers.BatchNormalization, {}, {}, SHAPES),
-    "group": (layers.GroupNormalization, {}, {}, SHAPES),
-    "layer": (layers.LayerNormalization, {}, {}, SHAPES),
-    "layer of images": (
-        layers.LayerNormalization,
-        {"axis": (1, 2, 3)},
-        {"axis": (1, 2, 3)},
-        IMAGES,
-    ),
-    "instance": (layers.GroupNormalization, {}, {"groups": -1}, IMAGES + SEQUENCES),
-    "rms": (layers.RMSNormalization, {}, {}, SHAPES),
+# Method -> arguments of ours, shapes.
+METHODS = {
+    "batch": ({}, SHAPES),
+    "sync": ({}, IMAGES),
+    "ghost": ({}, IMAGES),
+    "renorm": ({}, IMAGES),
+    "group": ({}, SHAPES),
+    "layer": ({}, SHAPES),
+    "layer of images": ({"axis": (1, 2, 3)}, IMAGES),
+    "instance": ({}, IMAGES + SEQUENCES),
+    "rms": ({}, SHAPES),
+    "scale": ({"scale": False}, SHAPES),
+    "filter_response": ({}, IMAGES),
+    "weight": ({}, WRAPPED),
+    "spectral": ({}, WRAPPED),
 }
+WEIGHTS = ("weight", "spectral")
 
 
-def functions(layer, shape, jit):
-    """Forward pass, forward and backward pass, and inference, compiled."""
+def ours(method, shape):
+    """kerasnorm's layer."""
+    cls = get(method.split()[0]).layer
+    arguments = METHODS[method][0]
+    if method in WEIGHTS:
+        return cls(timing.wrapped_layer(shape)(layers), **arguments)
+    return cls(**arguments)
+
+
+def of_keras(method, shape):
+    """Keras 3's layer, None where it has none."""
+    makers = {
+        "batch": layers.BatchNormalization,
+        "sync": lambda: layers.BatchNormalization(synchronized=True),
+        "group": layers.GroupNormalization,
+        "layer": layers.LayerNormalization,
+        "layer of images": lambda: layers.LayerNormalization(axis=(1, 2, 3)),
+        "instance": lambda: layers.GroupNormalization(groups=-1),
+        "rms": layers.RMSNormalization,
+        "scale": layers.UnitNormalization,
+        "spectral": lambda: layers.SpectralNormalization(
+            timing.wrapped_layer(shape)(layers)
+        ),
+    }
+    return makers[method]() if method in makers else None
+
+
+def of_tf_keras(method, shape):
+    """tf-keras's layer, None where it has none."""
+    import tf_keras
+    from tf_keras.api._v1.keras.layers import BatchNormalization  # takes `renorm`
+
+    theirs = tf_keras.layers
+    makers = {
+        "batch": lambda: theirs.BatchNormalization(
+            fused=True if len(shape) == 4 else None
+        ),
+        "sync": lambda: theirs.BatchNormalization(synchronized=True),
+        "ghost": lambda: BatchNormalization(virtual_batch_size=32),
+        "renorm": lambda: BatchNormalization(
+            renorm=True, renorm_clipping={"rmax": 3.0, "rmin": 1 / 3, "dmax": 5.0}
+        ),
+        "group": theirs.GroupNormalization,
+        "layer": theirs.LayerNormalization,
+        "layer of images": lambda: theirs.LayerNormalization(axis=(1, 2, 3)),
+        "instance": lambda: theirs.GroupNormalization(groups=-1),
+        "scale": theirs.UnitNormalization,
+        "spectral": lambda: theirs.SpectralNormalization(
+            timing.wrapped_layer(shape)(theirs)
+        ),
+    }
+    if method == "ghost" and shape[0] % 32:
+        return None  # parts of one size only
+    return makers[method]() if method in makers else None
+
+
+PEERS = {"keras": of_keras, "tf-keras": of_tf_keras}
+
+
+def steps(layer, shape, jit):
+    """Functions without arguments, by name."""
+    if keras.backend.backend() == "tensorflow":
+        return timing.tensorflow_steps(layer, shape, jit)
+    x, dy = map(keras.ops.convert_to_tensor, timing.inputs(shape))
     layer.build(shape)
     trainable = [v.value for v in layer.trainable_variables]
     others = [v.value for v in layer.non_trainable_variables]
@@ -59,73 +150,128 @@ def functions(layer, shape, jit):
         kwargs = {"training": training} if modal else {}
         return layer.stateless_call(list(weights), others, x, **kwargs)
 
-    def forward(inputs):
-        return call(True, inputs[0], *trainable)
-
-    def backward(inputs):
-        x, dy = inputs
+    def backward(x, dy):
         return backend.vjp(lambda *v: call(True, *v)[0], [x, *trainable], dy)
 
-    def inference(inputs):
-        return call(False, inputs[0], *trainable)[0]
-
-    found = {"forward": forward, "backward": backward}
+    found = {"forward": lambda x, dy: call(True, x, *trainable), "backward": backward}
     if modal:
-        found["inference"] = inference
-    return {name: backend.compiled(f, jit) for name, f in found.items()}
+        found["inference"] = lambda x, dy: call(False, x, *trainable)[0]
+
+    def ready(f):
+        import jax
+
+        compiled = jax.jit(f)
+        return lambda: compiled(x, dy)
+
+    return {name: ready(f) for name, f in found.items()}
 
 
-def wait(result):
-    for leaf in tree.flatten(result):
-        if hasattr(leaf, "block_until_ready"):
-            leaf.block_until_ready()
+def yardstick(shape, jit):
+    if keras.backend.backend() == "tensorflow":
+        f = timing.multiply_add(shape)
+        return timing.tensorflow_steps(f, shape, jit)["forward"]
+    import jax
+
+    x = keras.ops.convert_to_tensor(timing.inputs(shape)[0])
+    a = keras.ops.linspace(0.5, 1.5, shape[-1])
+    f = jax.jit(lambda x: x * a + (1 - a))
+    return lambda: f(x)
 
 
-def compare(ours, theirs, inputs, repeats):
-    """Ratio of the medians of two functions that take turns, after a warm-up."""
-    seconds = [], []
-    for turn in range(repeats + 2):
-        for f, into in zip((ours, theirs), seconds, strict=True):
-            start = time.perf_counter()
-            wait(f(inputs))
-            if turn > 1:
-                into.append(time.perf_counter() - start)
-    ours, theirs = map(statistics.median, seconds)
-    return ours / theirs, theirs
+def seconds(sides, repeats):
+    """Least seconds of each of several steps that take turns.
+
+    Args:
+        sides: by name; functions of no argument, or `(function, None)` for one that
+            returns its own seconds.
+    """
+    counted = {
+        name: f if isinstance(f, tuple) else (f, timing.repeats_of(f))
+        for name, f in sides.items()
+    }
+    found = {name: math.inf for name in sides}
+    for _ in range(repeats):
+        for name, (f, times) in counted.items():
+            spent = f() if times is None else timing.turn(f, times)
+            found[name] = min(found[name], spent)
+    return found
+
+
+def compare(method, shape, jit, elsewhere, repeats):
+    """Of each step our seconds, ours over the yardstick's, and ours over each twin's."""
+    twins = {name: make(method, shape) for name, make in PEERS.items()}
+    twins = {n: steps(t, shape, jit) for n, t in twins.items() if t is not None}
+    if elsewhere is not None:
+        twins = {}  # measured apart, so that no more than two take turns
+        far = elsewhere.steps(method, list(shape), jit)
+    rule = yardstick(shape, jit)
+    rows = {}
+    for step, mine in steps(ours(method, shape), shape, jit).items():
+        sides = {"ours": mine, "yardstick": rule}
+        sides |= {n: found[step] for n, found in twins.items() if step in found}
+        if elsewhere is not None and step in far:
+            sides |= {"tfa": (far[step], None), "unit": (far["yardstick"], None)}
+        found = seconds(sides, repeats)
+        ratios = {n: found["ours"] / found[n] for n in twins if n in found}
+        if "tfa" in found:
+            ratios["tfa"] = (found["ours"] / found["yardstick"]) / (
+                found["tfa"] / found["unit"]
+            )
+        rows[step] = found["ours"], found["ours"] / found["yardstick"], ratios
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--methods", nargs="*", default=list(PAIRS))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--shapes", type=int, help="only so many of each method")
+    parser.add_argument("--peer", choices=["tfa"], help="the twins of this one")
+    parser.add_argument("--python", help="of the environment of --peer")
     arguments = parser.parse_args()
-    modes = [True] if keras.backend.backend() == "jax" else [False, True]
-    rng = np.random.default_rng(0)
-    worst, ratios = (0.0, ""), []
-    print(f"{'method':16} {'shape':18} {'':6} ratio (Keras in ms)")
-    for name in arguments.methods:
-        stock, mine, theirs, shapes = PAIRS[name]
-        for shape in shapes:
-            inputs = [
-                keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
-                for _ in range(2)
-            ]
-            for jit in modes:
-                ours = functions(get(name.split()[0]).layer(**mine), shape, jit)
-                other = functions(stock(**theirs), shape, jit)
-                cells = []
-                for step in ours:
-                    ratio, base = compare(
-                        ours[step], other[step], inputs, arguments.repeats
+    elsewhere = None
+    if arguments.peer:
+        if not arguments.python:
+            parser.error("--peer tfa needs --python /path/to/python, which has it")
+        elsewhere = timing.Elsewhere(arguments.python)
+    on_jax = keras.backend.backend() == "jax"
+    if on_jax:
+        del PEERS["tf-keras"]
+    peers = ["tfa"] if arguments.peer else list(PEERS)
+    worst, ratios = (0.0, ""), {name: [] for name in peers}
+    print(f"| method | shape | | step | ms | floor | {' | '.join(peers)} |")
+    print("|---|---|---|---|---:|---:|" + "---:|" * len(peers))
+    for method in arguments.methods:
+        for shape in METHODS[method][1][: arguments.shapes]:
+            for jit in [True] if on_jax else [False, True]:
+                rows = compare(method, shape, jit, elsewhere, arguments.repeats)
+                for step, (spent, floor, found) in rows.items():
+                    if not found:
+                        continue
+                    mode = "xla" if jit else "graph"
+                    where = f"{method} | {shape} | {mode} | {step}"
+                    cells = [
+                        f"{found[n]:.2f}" if n in found else "" for n in peers
+                    ]
+                    print(
+                        f"| {where} | {1e3 * spent:.2f} | {floor:.1f} | "
+                        f"{' | '.join(cells)} |",
+                        flush=True,
                     )
-                    cells.append(f"{step} {ratio:4.2f} ({1000 * base:6.1f})")
-                    where = f"{name} {shape} {'xla' if jit else 'graph'} {step}"
-                    worst = max(worst, (ratio, where))
-                    ratios.append(ratio)
-                mode = "xla" if jit else "graph"
-                print(f"{name:16} {shape!s:18} {mode:6}", "  ".join(cells), flush=True)
-    mean = math.exp(statistics.mean(map(math.log, ratios)))
-    print(f"geometric mean {mean:.2f}, worst {worst[0]:.2f} ({worst[1]})")
+                    for name, ratio in found.items():
+                        worst = max(worst, (ratio, f"{where} | {name}"))
+                        ratios[name].append(ratio)
+    for name, found in ratios.items():
+        if found:
+            mean = math.exp(statistics.mean(map(math.log, found)))
+            slower = sum(r > 1 for r in found)
+            print(
+                f"{name}: geometric mean {mean:.2f} over {len(found)}, {slower} above 1,"
+                f" {sum(r > 1.05 for r in found)} above 1.05"
+            )
+    print(f"worst {worst[0]:.2f}: {worst[1]}")
+    if elsewhere is not None:
+        elsewhere.close()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 
 Tensor = Any
@@ -97,3 +97,63 @@ def gather(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     sizes = context.all_gather(rows, axis=0)
     start = tf.reduce_sum(sizes[: context.replica_id_in_sync_group])
     return context.all_gather(x, axis=0), lambda v: v[start : start + rows[0]]
+
+
+def writes(model: Any) -> bool:
+    """Whether this process writes the files of a training of `model`: of several
+    workers one alone does, the chief."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.process_index() == 0
+    strategy = getattr(model, "distribute_strategy", None)
+    return strategy is None or strategy.extended.should_checkpoint
+
+
+def multi_worker(model: Any) -> Any:
+    """Lets `fit` and `evaluate` of a model run under `MultiWorkerMirroredStrategy`.
+
+    Keras 3 raises there as soon as it looks at the first batch, and again when it
+    averages the logs over the workers (keras-team/keras issue 20585). The former it is
+    given here as what this worker has of it, the latter with an axis to average over.
+
+    ```python
+    with strategy.scope():
+        model = ...
+        model.compile(...)
+    kerasnorm.replicas.multi_worker(model).fit(x, y, batch_size=256)
+    ```
+
+    Args:
+        model: made within the scope of the strategy.
+
+    Returns:
+        The same model. Under any other strategy, and on JAX, nothing is changed.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return model
+    import tensorflow as tf
+
+    strategy = model.distribute_strategy
+    workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if not workers or "train_step" in vars(model):
+        return model
+    build = model._maybe_symbolic_build
+
+    def local(iterator: Any = None, data_batch: Any = None) -> None:
+        for _, _, batches in iterator or ():
+            data_batch = tree.map_structure(
+                lambda v: strategy.experimental_local_results(v)[0], next(batches)
+            )
+            break
+        build(data_batch=data_batch)
+
+    def averaged(step: Callable) -> Callable:
+        return lambda data: tree.map_structure(
+            lambda v: ops.reshape(v, (1,)) if len(v.shape) == 0 else v, step(data)
+        )
+
+    model._maybe_symbolic_build = local
+    model.train_step = averaged(model.train_step)
+    model.test_step = averaged(model.test_step)
+    return model

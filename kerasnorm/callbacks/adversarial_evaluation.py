@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 from keras.src.utils.io_utils import print_msg  # has no public name
 
+from kerasnorm import replicas
 from kerasnorm.adversarial.evaluate import Evaluator
 from kerasnorm.adversarial.evaluation import Evaluation
 from kerasnorm.adversarial.reading import read_settings
@@ -198,10 +199,10 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         entry: dict[str, Any] = {"epoch": self._epoch, "step": step, "seconds": seconds}
         entry.update(values)
         self.history.append(entry)
-        if self.file is not None:
+        if self.file is not None and replicas.writes(self.model):
             with self.file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(entry) + "\n")
-        if self.verbose:
+        if self.verbose and replicas.writes(self.model):
             print_msg(
                 "\n"
                 + ", ".join(f"{k}: {v:.4f}" for k, v in values.items())

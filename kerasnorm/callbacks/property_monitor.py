@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras.src.utils.io_utils import print_msg  # has no public name
 
+from kerasnorm import replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.properties.measure import checked, measure
 from kerasnorm.properties.measurement import Measurement, Site
@@ -154,7 +155,7 @@ class PropertyMonitor(keras.callbacks.Callback):
         }
         chosen = {k: v for k, v in each.items() if k.split("/")[0] in self.layers}
         self._last = {self.prefix + k: v for k, v in {**values, **chosen}.items()}
-        if self.log_dir is not None:
+        if self.log_dir is not None and replicas.writes(self.model):
             self._write({**values, **each})
         self.seconds += time.perf_counter() - started
 

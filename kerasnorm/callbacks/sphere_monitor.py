@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm import backend, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.sphere import geometry
 from kerasnorm.sphere.invariance import scale_invariant_weights
@@ -92,7 +92,9 @@ class SphereMonitor(keras.callbacks.Callback):
             before = [backend.value(v) for v in variables]
             plain(grads, trainable_variables)
             after = [backend.value(v) for v in variables]
-            found = [grads[places[id(v)]] for v in variables]
+            found = [backend.value(grads[places[id(v)]]) for v in variables]
+            if replicas.count() > 1:  # the optimizer adds them up as well
+                found = replicas.sum_all(*found)
             rows = zip(spheres, before, after, found, strict=True)
             tap.put(ops.stack([_figures(*row) for row in rows]))
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from kerasnorm import numerics, replicas
 from kerasnorm.swap import data as reading
 from rewriters.tracing import watching
 
@@ -127,9 +128,8 @@ def distill(
         pupil = Pupil(teacher, student, (), losses, augment)
     steps = epochs * len(batches)
     schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
-    pupil.compile(
-        keras.optimizers.Adam(schedule, clipnorm=1.0), loss=lambda _, p: ops.mean(p)
-    )
+    # One loss for each sample: Keras does not share a scalar out over replicas.
+    pupil.compile(keras.optimizers.Adam(schedule, clipnorm=1.0), loss=lambda _, p: p)
     done = itertools.count(1)
     progress = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
@@ -199,9 +199,12 @@ def _loss(outputs: np.ndarray) -> Callable[[Any, Any], Any]:
 
 
 def _relative(y: Any, p: Any) -> Any:
-    """Square difference of each sample in units of the batch's variance."""
+    """Square difference of each sample in units of the batch's variance, which is
+    that of the batches of all replicas."""
     y, p = ops.cast(y, "float32"), ops.cast(p, "float32")
-    return _per_sample(ops.square(y - p)) / (ops.var(y) + 1e-12)
+    with replicas.synchronized():
+        _, variance = numerics.moments(y, range(len(y.shape)))
+    return _per_sample(ops.square(y - p)) / (ops.max(variance) + 1e-12)
 
 
 def _per_sample(v: Any) -> Any:

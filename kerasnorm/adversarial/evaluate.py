@@ -18,7 +18,12 @@ from kerasnorm.adversarial.ball import check_distance
 from kerasnorm.adversarial.driver import Points, Runner
 from kerasnorm.adversarial.evaluation import AttackResult, Evaluation, within
 from kerasnorm.adversarial.fab import fab
-from kerasnorm.adversarial.reading import read_bounds, read_labels, read_settings
+from kerasnorm.adversarial.reading import (
+    pieces,
+    read_bounds,
+    read_labels,
+    read_settings,
+)
 from kerasnorm.adversarial.square import square
 from kerasnorm.adversarial.victim import Victim, random_states
 from kerasnorm.errors import KerasNormError
@@ -37,7 +42,7 @@ def standard() -> list[Attack]:
 def evaluate(
     model: Any,
     x: Any,
-    y: Any,
+    y: Any = None,
     attacks: Any = "standard",
     norm: Any = "linf",
     eps: Any = 8 / 255,
@@ -47,8 +52,11 @@ def evaluate(
 
     Args:
         model: a built Keras model, `(rows, ...) -> (rows, classes)`.
-        x: inputs as its `predict` takes them: an array, or a list or dict of arrays.
-        y: their classes, integers `(n,)` or one-hot `(n, classes)`.
+        x: inputs as its `predict` takes them: an array, or a list or dict of arrays. Or
+            a `tf.data.Dataset`, a `PyDataset` or an iterable of batches `(inputs,
+            classes)`, of which never more than a few batches are held.
+        y: their classes, integers `(n,)` or one-hot `(n, classes)`; None where `x` has
+            them.
         attacks: names, attacks, or a list of these; `"standard"` is AutoAttack's
             ensemble.
         norm: `"linf"`, `"l2"` or `"l1"`.
@@ -134,14 +142,25 @@ class Evaluator:
         )
         self._runners: dict[Any, Runner] = {}
         self._forward: Any = None
+        self._streams = False
 
     @property
     def traces(self) -> dict[str, int]:
         """How often the step of each attack was compiled."""
         return {r.attack.name: r.traces for r in self._runners.values()}
 
-    def __call__(self, x: Any, y: Any) -> Evaluation:
+    def __call__(self, x: Any, y: Any = None) -> Evaluation:
         """Evaluates; see `evaluate`."""
+        if y is None:
+            self._streams = True
+            if self.bounds is None:
+                raise KerasNormError(
+                    "the bounds of a source that comes in batches are not known",
+                    got="bounds=None",
+                    expected="numbers or arrays",
+                )
+            parts = [self(*piece) for piece in pieces(x, 4 * self.batch_size)]
+            return Evaluation.joined(parts)
         started = time.perf_counter()
         prepared = self.prepare(x, y)
         with Progress(self.verbose) as bar:
@@ -277,7 +296,8 @@ class Evaluator:
             )
 
     def _runner(self, attack: Attack, bounds: tuple[Any, Any], n: int) -> Runner:
-        size = min(self.batch_size, n)
+        # What is left at the end of a source goes through the same program.
+        size = self.batch_size if self._streams else min(self.batch_size, n)
         key = (attack, size, *(np.asarray(b).tobytes() for b in bounds))
         if key not in self._runners:
             self._runners[key] = Runner(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,44 @@ class Evaluation(Result):
     x: np.ndarray | None = field(default=None, repr=False)
     adversarial: np.ndarray | None = field(default=None, repr=False)
     adversarial_predicted: np.ndarray | None = field(default=None, repr=False)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """One evaluation of the points of several, which had the same settings."""
+        sizes = [len(p.y) for p in parts]
+
+        def share(shares: Iterable[float]) -> float:
+            points = (round(s * n) for s, n in zip(shares, sizes, strict=True))
+            return sum(points) / sum(sizes)
+
+        def together(name: str) -> Any:
+            values = [getattr(p, name) for p in parts]
+            return None if values[0] is None else np.concatenate(values)
+
+        attacks = [
+            replace(
+                same[0],
+                accuracy=share(r.accuracy for r in same),
+                **{
+                    name: sum(getattr(r, name) for r in same)
+                    for name in ("tried", "fallen", "steps", "seconds")
+                },
+            )
+            for same in zip(*(p.attacks for p in parts), strict=True)
+        ]
+        # Of each kind the first: the numbers in the texts are those of a part.
+        signs = {w.code: w for p in reversed(parts) for w in p.warnings}
+        arrays = ("y", "predicted", "distance")
+        arrays += ("x", "adversarial", "adversarial_predicted")
+        return replace(
+            parts[0],
+            clean_accuracy=share(p.clean_accuracy for p in parts),
+            robust=tuple(map(share, zip(*(p.robust for p in parts), strict=True))),
+            attacks=tuple(attacks),
+            warnings=tuple(signs.values()),
+            seconds=sum(p.seconds for p in parts),
+            **{name: together(name) for name in arrays},
+        )
 
     @property
     def robust_accuracy(self) -> float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from kerasnorm.adversarial.attack import Attack, read
 from kerasnorm.adversarial.ball import canonical
 from kerasnorm.errors import KerasNormError
+from kerasnorm.swap.data import batches_of
 
 
 def read_settings(
@@ -98,6 +100,44 @@ def read_bounds(bounds: Any, x: np.ndarray) -> tuple[Any, Any]:
 
 def _short(b: np.ndarray) -> str:
     return f"{b.min():.6g}" if b.min() == b.max() else f"[{b.min():.6g}..{b.max():.6g}]"
+
+
+def pieces(data: Any, rows: int) -> Iterator[tuple[Any, Any]]:
+    """`(inputs, classes)` of at least so many rows, but for the last, of a source that
+    comes in batches of them.
+
+    Raises:
+        KerasNormError: it does not, or there are none.
+    """
+    source = batches_of(data)
+    if source is None:
+        raise KerasNormError(
+            "inputs without classes",
+            got=f"{type(data).__name__} and y=None",
+            expected="y, or a source of batches (inputs, classes)",
+        )
+    held: list[Any] = []
+
+    def joined() -> Any:
+        return tree.map_structure(lambda *parts: np.concatenate(parts), *held)
+
+    count, empty = 0, True
+    for batch in source:
+        if not isinstance(batch, tuple) or len(batch) < 2:
+            raise KerasNormError(
+                "batches without classes",
+                got=f"{type(batch).__name__} as a batch",
+                expected="tuples (inputs, classes)",
+            )
+        held.append(tree.map_structure(ops.convert_to_numpy, batch[:2]))
+        count, empty = count + len(held[-1][1]), False
+        if count >= rows:
+            yield joined()
+            held, count = [], 0
+    if held:
+        yield joined()
+    if empty:
+        raise KerasNormError("there is nothing to attack", got="no batches")
 
 
 def read_labels(y: Any, n: int, classes: int) -> np.ndarray:

@@ -25,11 +25,14 @@ class Inputs:
         structure: how the model's call takes them: a nested structure of indices into
             `arrays`.
         cut: the source had more than was read.
+        stream: all of it, where it can be read again; None where that was all, or
+            where there is no second reading.
     """
 
     arrays: Arrays
     structure: Any
     cut: bool = False
+    stream: Stream | None = None
 
     def pack(self, flat: Sequence[Any]) -> Any:
         """Flat values as the model's call takes them."""
@@ -55,16 +58,17 @@ def collect(
             `x`, `(x, y)` or `(x, y, sample_weight)`, of which only `x` is used.
         samples: at most this many, None for all: evenly spaced ones of arrays, the
             first of a source that comes in batches.
-        memory: batches are read until they take this many bytes.
+        memory: batches are read until they take this many bytes; to join them takes as
+            many again.
 
     Raises:
         KerasNormError: no data; NaN or infinite values; shapes, number or names of
             inputs that are not the model's; a dtype that holds no numbers.
     """
-    batches = _batches(data)
+    batches = batches_of(data)
     parts, seen, size, structure, cut = [], 0, 0, 0, False
     for batch in [_inputs_of_arrays(model, data)] if batches is None else batches:
-        if size > memory or (samples is not None and seen >= samples):
+        if size > memory:
             cut = samples is None
             break
         x = batch if batches is None else _inputs_of_batch(batch)
@@ -72,6 +76,8 @@ def collect(
         parts.append(flat)
         seen += len(flat[0])
         size += sum(a.nbytes for a in flat)
+        if samples is not None and seen >= samples:
+            break
     if not seen:
         raise KerasNormError(
             "there is no data to fit with",
@@ -85,7 +91,74 @@ def collect(
     arrays = [a[:samples] for a in arrays]
     for name, a in zip(_names(model, len(arrays)), arrays, strict=True):
         _check_values(name, a)
-    return Inputs(arrays, structure, cut)
+    stream = None
+    if cut and not isinstance(data, Iterator):
+        stream = Stream(model, data, len(parts[0][0]))
+    return Inputs(arrays, structure, cut, stream)
+
+
+class Stream:
+    """The inputs in a source that comes in batches and can be read again and again.
+
+    Never more of it is held than is asked for.
+
+    Args:
+        model, data: as for `collect`.
+        first: samples of the first batch.
+    """
+
+    def __init__(self, model: Any, data: Any, first: int):
+        self.model, self.data, self.first = model, data, first
+
+    def __iter__(self) -> Iterator[Arrays]:
+        """The batches of one reading, checked as those of `collect`."""
+        for batch in batches_of(self.data) or ():
+            flat, _ = _flat(self.model, _inputs_of_batch(batch))
+            _check_shapes(self.model, flat)
+            for name, a in zip(_names(self.model, len(flat)), flat, strict=True):
+                _check_values(name, a)
+            yield flat
+
+    def __len__(self) -> int:
+        """Number of samples: full batches as many as the source says it has; where it
+        does not say, all are read once and counted."""
+        for count in ("__len__", "cardinality"):
+            try:
+                batches = int(getattr(self.data, count)())
+            except (AttributeError, TypeError):
+                continue
+            if batches >= 0:
+                return batches * self.first
+        return sum(len(flat[0]) for flat in self)
+
+    def shuffled(self, size: int, seed: int, memory: float) -> Iterator[Arrays]:
+        """Batches of `size` samples without end, reading after reading. The order is
+        random within blocks that take `memory` bytes; what is left of a reading comes
+        with the next."""
+        rng = np.random.default_rng(seed)
+        held: list[Arrays] = []
+        while True:
+            read = 0
+            for flat in self:
+                read += len(flat[0])
+                held.append(flat)
+                n = sum(len(part[0]) for part in held)
+                if n < size or sum(a.nbytes for part in held for a in part) < memory:
+                    continue
+                columns = [np.concatenate(c) for c in zip(*held, strict=True)]
+                order = rng.permutation(n)
+                held = []
+                for k in range(0, n - size + 1, size):
+                    yield [c[order[k : k + size]] for c in columns]
+                rest = order[n - n % size :]
+                if len(rest):
+                    held = [[c[rest] for c in columns]]
+            if not read:
+                raise KerasNormError(
+                    "the data could be read only once",
+                    got="nothing at the second reading",
+                    fix="Give a tf.data.Dataset, a PyDataset, or fewer samples.",
+                )
 
 
 def split(arrays: Arrays, batch_size: int) -> list[Arrays]:
@@ -106,7 +179,7 @@ def _spread(arrays: Arrays, samples: int | None) -> Arrays:
 # ------------------------------------------------------------------ reading
 
 
-def _batches(data: Any) -> Iterator[Any] | None:
+def batches_of(data: Any) -> Iterator[Any] | None:
     """The batches of a source that comes in batches; None for plain arrays."""
     if isinstance(data, keras.utils.PyDataset):
         return (data[k] for k in range(len(data)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm import numerics, replicas
+from kerasnorm.errors import KerasNormError
 from kerasnorm.swap import data as reading
 from rewriters.tracing import watching
 
@@ -110,6 +111,7 @@ def distill(
     learning_rate: float = 3e-3,
     augment: Callable[..., Any] | None = None,
     seed: int = 0,
+    memory: float = 1e8,
     tick: Callable[[float], None] = lambda share: None,
 ) -> list[float]:
     """Trains all trainable weights of the student; returns the loss of each epoch.
@@ -117,16 +119,24 @@ def distill(
     Adam with a linear decay to zero. The loss of an output follows from the teacher's
     values (see `kind`): probabilities are compared by cross-entropy, softened where
     they sum to one; anything else by squares, in units of the output's variance. The
-    outputs of the pairs of layers count as much as one output together.
+    outputs of the pairs of layers count as much as one output together. Inputs that
+    are a stream are shuffled in blocks of `memory` bytes.
     """
     look = inputs.spread(LOOK)
     seen = teacher.predict(look.pack(look.arrays), batch_size=128, verbose=0)
     losses = [_loss(t) for t in tree.flatten(seen)]
-    batches = _Batches(inputs, batch_size, seed)
     pupil = Pupil(teacher, student, pairs, losses, augment)
-    if not _traces(pupil, batches[0][0]):
+    if not _traces(pupil, look.pack(look.arrays)):
         pupil = Pupil(teacher, student, (), losses, augment)
-    steps = epochs * len(batches)
+    failures: list[KerasNormError] = []
+    if inputs.stream is None:
+        batches: Any = _Batches(inputs, batch_size, seed)
+        per_epoch, more = len(batches), {}
+    else:
+        per_epoch = -(-len(inputs.stream) // batch_size)
+        more = {"steps_per_epoch": per_epoch}
+        batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
+    steps = epochs * per_epoch
     schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
     # One loss for each sample: Keras does not share a scalar out over replicas.
     pupil.compile(keras.optimizers.Adam(schedule, clipnorm=1.0), loss=lambda _, p: p)
@@ -134,9 +144,13 @@ def distill(
     progress = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
     )
-    history = pupil.fit(
-        batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[progress]
-    )
+    settings = {"shuffle": False, "verbose": 0, "callbacks": [progress], **more}
+    try:
+        history = pupil.fit(batches, epochs=epochs, **settings)
+    except Exception:
+        if failures:
+            raise failures[0] from None
+        raise
     return [float(v) for v in history.history["loss"]]
 
 
@@ -153,6 +167,24 @@ def _traces(pupil: Pupil, inputs: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+def _streamed(
+    inputs: reading.Inputs,
+    stream: reading.Stream,
+    size: int,
+    seed: int,
+    memory: float,
+    failures: list[KerasNormError],
+) -> Iterator[tuple[Any, Any]]:
+    """Batches of a stream without end. What is wrong with its data is kept in
+    `failures`: TensorFlow reads it in a graph, and raises an error of its own."""
+    try:
+        for flat in stream.shuffled(size, seed, memory):
+            yield inputs.pack(flat), np.zeros(size, "float32")  # Keras wants a target
+    except KerasNormError as error:
+        failures.append(error)
+        raise
 
 
 class _Batches(keras.utils.PyDataset):

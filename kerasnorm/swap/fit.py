@@ -81,8 +81,11 @@ def fit(
         samples: samples for the closed-form part, spread evenly over the data; by
             default at most 1024 for `"affine"`, 2048 otherwise.
         batch_size: samples of one training step of `"distill"`.
-        memory: bytes that live activations, and the data, may take; samples are left
-            out to stay below, and the result says so.
+        memory: bytes that live activations and the data may take. What does not fit
+            of arrays is not used by the closed-form part; of a source that comes in
+            batches a quarter is held, and `"distill"` reads it anew in each epoch. From
+            a generator, which gives its batches once, only that is used, and the
+            result says so.
         epochs: passes over the data, of `"distill"`.
         learning_rate: first learning rate of `"distill"`; decays to zero.
         augment: of `"distill"`: what to do to the inputs of each step before both
@@ -121,9 +124,10 @@ def fit(
                 learning_rate=learning_rate,
                 augment=augment,
                 seed=seed,
+                memory=memory / 16,
                 tick=lambda share: progress.update("distilling", share),
             )
-    if inputs.cut:
+    if inputs.cut and inputs.stream is None:
         notes.append(f"the first {len(inputs)} samples were used, to save memory")
     return FitResult(
         method,
@@ -157,4 +161,4 @@ def prepare(
     if isinstance(data, reading.Inputs):
         return data
     limit = None if method == "distill" else samples or SAMPLES[method]
-    return reading.collect(model, data, limit, memory)
+    return reading.collect(model, data, limit, memory / 4)

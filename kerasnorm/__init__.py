@@ -6,6 +6,7 @@ new = kerasnorm.rewrite("model.h5", "gn", data=x, fit="refit")
 import importlib as _importlib
 
 from kerasnorm import compat as _compat  # noqa: F401 - registers foreign layers
+from kerasnorm.compilation import jit as jit
 from kerasnorm.errors import KerasNormError as KerasNormError
 from kerasnorm.export import export as export
 from kerasnorm.method import Method as Method

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -79,68 +79,31 @@ def vjp(
     )
 
 
-def watched_gradients(
-    f: Callable[..., tuple[Tensor, Any]], variables: Sequence[Any]
-) -> Callable[..., tuple[Any, list[Tensor], list[Tensor]]]:
-    """A function that runs `f` once forward and once backward.
+# The graphs that are traced to be read, see `readable`.
+_graphs: list[Any] = []
 
-    Nothing that `f` assigns to variables (moving statistics, seeds) stays assigned.
 
-    Args:
-        f: `f(tensors, constants) -> (loss, more)`: lists of tensors; a scalar, and any
-            structure of tensors.
-        variables: Keras variables that `f` reads.
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Context of a function that hands out tensors which it sees while it runs."""
+    if keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf
 
-    Returns:
-        A function of the same lists that gives `more` and the gradients of the loss,
-        0 where it does not depend on them, with respect to `tensors` and to
-        `variables`. Compiled on JAX, once per shape; step by step on TensorFlow, where
-        tracing takes longer than running a few times.
-    """
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        def eager(tensors, constants):
-            tensors = [tf.convert_to_tensor(t) for t in tensors]
-            with tf.GradientTape() as tape, keras.StatelessScope():
-                tape.watch(tensors)
-                loss, more = f(tensors, constants)
-            sources = [*tensors, *(v._value for v in variables)]
-            found = tape.gradient(
-                loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
-            )
-            # Gathered rows of an embedding come as slices.
-            found = [tf.convert_to_tensor(g) for g in found]
-            return more, found[: len(tensors)], found[len(tensors) :]
-
-        return eager
-    if keras.backend.backend() == "jax":
-        import jax
-
-        def pure(tensors, values, constants):
-            scope = keras.StatelessScope(list(zip(variables, values, strict=True)))
-            with scope:
-                return f(tensors, constants)
-
-        whole = jax.jit(jax.value_and_grad(pure, argnums=(0, 1), has_aux=True))
-
-        def jitted(tensors, constants):
-            tensors = [ops.convert_to_tensor(t) for t in tensors]
-            values = [v.value for v in variables]
-            (_, more), (ours, theirs) = whole(tensors, values, list(constants))
-            return more, ours, theirs
-
-        return jitted
-    raise NotImplementedError(
-        f"gradients on the {keras.backend.backend()!r} backend; "
-        "kerasnorm supports 'tensorflow' and 'jax'"
-    )
+    _graphs.append(tf.compat.v1.get_default_graph())
+    try:
+        yield
+    finally:
+        _graphs.pop()
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether a tensor may leave the function that computes it: in TensorFlow's eager
-    mode not from within a loop or a `tf.function`, which run a graph of their own."""
-    return keras.backend.backend() != "tensorflow" or hasattr(x, "numpy")
+    """Whether a tensor may leave the function that computes it: in TensorFlow not from
+    within a loop or a `tf.function` inside it, which run a graph of their own."""
+    if keras.backend.backend() != "tensorflow" or hasattr(x, "numpy"):
+        return True
+    return bool(_graphs) and getattr(x, "graph", None) is _graphs[-1]
 
 
 def compiled(f: Callable, jit: bool = True, shape: Sequence | None = None) -> Callable:
@@ -194,12 +157,12 @@ def on_cpu() -> bool:
 def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over the last axis of `(rows, columns)`, of `x * weights` where given.
 
-    On a CPU a matrix product is the fastest under XLA, and wherever there are weights,
-    which it takes along. Elsewhere it may run in reduced precision (TF32, bfloat16), so
-    it is not used there.
+    On a CPU a matrix product is the fastest where there are weights, which it takes
+    along, and as TensorFlow calls XLA. Elsewhere it may run in reduced precision (TF32,
+    bfloat16), so it is not used there.
     """
     columns = x.shape[-1]
-    if on_cpu() and (weights is not None or _under_xla()):
+    if on_cpu() and (weights is not None or _under_tensorflow_xla()):
         if weights is None:
             weights = ops.ones((columns,), x.dtype)
         return ops.matmul(x, ops.reshape(weights / columns, (columns, 1)))
@@ -208,7 +171,7 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def row_mean_square(x: Tensor) -> Tensor:
     """Mean over the last axis of `(rows, columns)` of `x**2`."""
-    if on_cpu() and _under_xla():
+    if on_cpu() and _under_tensorflow_xla():
         return row_mean(ops.square(x))
     return mean_square(x, (1,), float(x.shape[-1]))
 
@@ -231,10 +194,10 @@ def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
 def column_sum(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum over the first axis of `(rows, columns)`, weighted by `(rows, 1)`.
 
-    In TensorFlow's plain graph on a CPU a matrix product is the fastest; XLA reduces
-    faster, and together with what comes before.
+    On a CPU a matrix product is the fastest, but for XLA as TensorFlow calls it, which
+    reduces together with what comes before.
     """
-    if not _plain_cpu():
+    if not on_cpu() or _under_tensorflow_xla():
         return ops.sum(x if weights is None else x * weights, axis=0)
     if weights is None:
         weights = ops.ones((ops.shape(x)[0], 1), x.dtype)
@@ -396,6 +359,10 @@ def mean_square(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
 def _plain_cpu() -> bool:
     """Whether TensorFlow runs operation by operation, on a CPU."""
     return keras.backend.backend() == "tensorflow" and on_cpu() and not _under_xla()
+
+
+def _under_tensorflow_xla() -> bool:
+    return keras.backend.backend() == "tensorflow" and _under_xla()
 
 
 def _under_xla() -> bool:

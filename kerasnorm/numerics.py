@@ -59,7 +59,7 @@ def moments(
     if mask is not None or replicas.across(axes):
         return _counted_moments(x, axes, mask, center)
 
-    n = _size(x, axes)
+    n = elements(x, axes)
     if not center:
         square = backend.mean_square(x, axes, n)
         return ops.zeros_like(square), square
@@ -81,12 +81,12 @@ def _counted_moments(x, axes, mask, center):
     """Moments of what counts, of all replicas where the batch is reduced."""
     zero = ops.zeros((), x.dtype)
     if mask is None:
-        n = ops.ones((1,) * len(x.shape), x.dtype) * _size(x, axes)
+        n = ops.ones((1,) * len(x.shape), x.dtype) * elements(x, axes)
     else:
         x = ops.where(mask, x, zero)
         # A mask of size 1 along a reduced axis stands for all of it.
         repeats = [a for a in axes if mask.shape[a] == 1]
-        n = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True) * _size(x, repeats)
+        n = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True) * elements(x, repeats)
     n, total = replicas.totals(axes, n, ops.sum(x, axes, keepdims=True))
     n = ops.maximum(n, 1)
     mean = total / n if center else ops.zeros_like(total)
@@ -97,7 +97,7 @@ def _counted_moments(x, axes, mask, center):
     return mean, square / n
 
 
-def _size(x: Tensor, axes: Sequence[int]) -> Tensor | float:
+def elements(x: Tensor, axes: Sequence[int]) -> Tensor | float:
     """Number of elements along `axes`, a float where the shape is static."""
     sizes = [x.shape[a] for a in axes]
     if None not in sizes:
@@ -214,65 +214,6 @@ def scale_shift(
     return y if offset is None else y + offset
 
 
-def standardize_rows(
-    x: Tensor,
-    epsilon: float,
-    gamma: Tensor | None = None,
-    beta: Tensor | None = None,
-    center: bool = True,
-    gain: Tensor | None = None,
-) -> Tensor:
-    """Normalizes each row of `(..., columns)` by its own moments.
-
-    The gradient is written out: with h the normalized row and P its mean,
-    `dx = (w - P(w) - h P(w h)) / sigma`, `w = dy * gamma * gain`.
-
-    Args:
-        x: floating tensor; the last axis has a static size.
-        epsilon: added to the variance.
-        gamma, beta: `(columns,)`.
-        center: False divides by the root mean square.
-        gain: `(1,)`, multiplies all; cheaper than a gamma of equal numbers.
-    """
-    shape, columns = ops.shape(x), x.shape[-1]
-    affine = {"gamma": gamma, "beta": beta, "gain": gain}
-    affine = {name: v for name, v in affine.items() if v is not None}
-
-    def kernel(rows, *values):
-        given = dict(zip(affine, values, strict=True))
-        scale, unit = given.get("gamma"), given.get("gain")
-        d = rows - backend.row_mean(rows) if center else rows
-        inverse = inverse_root(backend.row_mean_square(d), epsilon)
-        slope = inverse if unit is None else inverse * unit
-        y = d * slope
-        if scale is not None:
-            y = y * scale
-        if "beta" in given:
-            y = y + given["beta"]
-
-        def backward(dy):
-            # The normalized row is not kept: its factor is one number a row.
-            along = dy * d
-            inner = backend.row_mean(along, scale)
-            dx = dy if scale is None else dy * scale
-            if center:
-                dx = dx - backend.row_mean(dy, scale)
-            gradients = [(dx - d * (inner * ops.square(inverse))) * slope]
-            if scale is not None:
-                gradients.append(backend.column_sum(along, slope))
-            if "beta" in given:
-                gradients.append(backend.column_sum(dy))
-            if unit is not None:
-                gradients.append(ops.sum(inner * inverse, 0) * columns)
-            return tuple(gradients)
-
-        return y, backward
-
-    rows = ops.reshape(x, (-1, columns))
-    values = affine.values()
-    return ops.reshape(backend.custom_gradient(kernel)(rows, *values), shape)
-
-
 def align_mask(mask: Tensor, rank: int, axes: Sequence[int]) -> Tensor:
     """A boolean mask with as many axes as the input.
 
@@ -380,7 +321,7 @@ def covariance(
         centred = ops.where(mask, centred, ops.zeros((), x.dtype))
         n = ops.max(ops.sum(ops.cast(mask, x.dtype), (0, 1)))
     else:
-        n = ops.cast(_size(x, (0, 1)), x.dtype)
+        n = ops.cast(elements(x, (0, 1)), x.dtype)
     columns = ops.reshape(centred, (-1, x.shape[-1] // size, size))
     columns = ops.transpose(columns, (1, 2, 0))
     products = ops.matmul(columns, ops.transpose(columns, (0, 2, 1)))

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm import compilation
 
 
 Tensor = Any
@@ -55,10 +55,82 @@ def value_and_gradients(
     return y, [pull(unit)[0] for unit in units]
 
 
-def xla_pays() -> bool:
-    """Whether XLA is on unless asked otherwise: always on JAX, which has nothing else;
-    on TensorFlow not on a CPU, where attack loops ran slower under it."""
-    return keras.backend.backend() == "jax" or not backend.on_cpu()
+def watched_gradients(
+    f: Callable[..., tuple[Tensor, Any]],
+    model: Any,
+    variables: Sequence[Any],
+) -> Callable[..., tuple[Any, list[Tensor], list[Tensor]]]:
+    """A function that runs `f` once forward and once backward.
+
+    Nothing that `f` assigns to variables (moving statistics, seeds) stays assigned, and
+    all are read anew at every call. Compiled once per shape where `compilation` says
+    so; else step by step on TensorFlow, where tracing takes longer than running a few
+    times.
+
+    Args:
+        f: `f(tensors, constants) -> (loss, more)`: lists of tensors; a scalar, and any
+            structure of tensors.
+        model: whose variables `f` reads.
+        variables: those of them that gradients are asked for.
+
+    Returns:
+        A function of the same lists that gives `more` and the gradients of the loss,
+        0 where it does not depend on them, with respect to `tensors` and to
+        `variables`.
+    """
+    jit = compilation.compiles(model)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        def both(tensors, constants):
+            with (
+                tf.GradientTape() as tape,
+                keras.StatelessScope(),
+                compilation.tracing([model] if jit else []),
+            ):
+                tape.watch(tensors)
+                loss, more = f(tensors, constants)
+            sources = [*tensors, *(v._value for v in variables)]
+            found = tape.gradient(
+                loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            )
+            # Gathered rows of an embedding come as slices.
+            found = [tf.convert_to_tensor(g) for g in found]
+            return more, found[: len(tensors)], found[len(tensors) :]
+
+        run = tf.function(both, jit_compile=True) if jit else both
+
+        def on_tensors(tensors, constants):
+            return run(
+                *([tf.convert_to_tensor(t) for t in v] for v in (tensors, constants))
+            )
+
+        return on_tensors
+    import jax
+
+    ours = {id(v) for v in variables}
+    others = [v for v in model.variables if id(v) not in ours]
+
+    def pure(tensors, values, fixed, constants):
+        mapping = [
+            *zip(variables, values, strict=True),
+            *zip(others, fixed, strict=True),
+        ]
+        with keras.StatelessScope(mapping):
+            return f(tensors, constants)
+
+    whole = jax.value_and_grad(pure, argnums=(0, 1), has_aux=True)
+    whole = jax.jit(whole) if jit else whole
+
+    def on_values(tensors, constants):
+        tensors = [ops.convert_to_tensor(t) for t in tensors]
+        values, fixed = ([v.value for v in part] for part in (variables, others))
+        (_, more), (at_tensors, at_values) = whole(
+            tensors, values, fixed, list(constants)
+        )
+        return more, at_tensors, at_values
+
+    return on_values
 
 
 class Compiled:
@@ -72,7 +144,9 @@ class Compiled:
             batch in front.
         variables: pairs `(variable, read instead)` of the Keras variables `f` reads;
             their values are read anew at every call.
-        jit: through XLA; None where it pays.
+        models: that `f` runs.
+        jit: through XLA; None where `compilation` says so. Unless it was asked for,
+            what XLA refuses goes on without it.
 
     Attributes:
         traces: how often `f` was traced so far.
@@ -83,12 +157,14 @@ class Compiled:
         self,
         f: Callable,
         variables: Sequence[tuple[Any, Any]],
+        models: Sequence[Any] = (),
         jit: bool | None = None,
     ):
-        jit = xla_pays() if jit is None else jit
-        on_jax = keras.backend.backend() == "jax"
-        self.f, self.variables, self.jit = f, list(variables), jit
-        self.traces, self.fixed = 0, jit or on_jax
+        self.f, self.variables, self.models = f, list(variables), list(models)
+        self.jit = compilation.compiles(*models, wanted=jit)
+        self.asked = jit is True or compilation.mode() is True
+        self.traces = 0
+        self.fixed = self.jit or keras.backend.backend() == "jax"
         self._compiled: dict[Any, Callable] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -97,7 +173,7 @@ class Compiled:
 
             if not self._compiled:
                 self._compiled[()] = (
-                    jax.jit(self._on_values) if (self.jit) else self._on_values
+                    jax.jit(self._on_values) if self.jit else self._on_values
                 )
             values = [source.value for _, source in self.variables]
             return self._compiled[()](values, *args)
@@ -111,15 +187,23 @@ class Compiled:
             for t in flat
         ]
         key = tuple((tuple(s.shape), s.dtype) for s in specs)
-        if key not in self._compiled:
-            signature = tf.nest.pack_sequence_as(args, specs)
-            made = tf.function(
-                self._on_reads, input_signature=signature, jit_compile=self.jit
-            )
-            # It counts traces by place in the source, and every program is made here.
-            made._omit_frequent_tracing_warning = True
-            self._compiled[key] = made
-        return self._compiled[key](*args)
+        if key in self._compiled:
+            return self._compiled[key](*args)
+        signature = tf.nest.pack_sequence_as(args, specs)
+        made = tf.function(
+            self._on_reads, input_signature=signature, jit_compile=self.jit
+        )
+        # It counts traces by place in the source, and every program is made here.
+        made._omit_frequent_tracing_warning = True
+        try:
+            result = made(*args)
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+            if self.asked or not self.jit:
+                raise
+            self.jit = False  # an operation that XLA does not know
+            return self(*args)
+        self._compiled[key] = made
+        return result
 
     def _on_values(self, values: Sequence[Any], *args: Any) -> Any:
         self.traces += 1
@@ -132,7 +216,10 @@ class Compiled:
         # Only what is replaced is mapped: the others are read where they are, which
         # keeps every variable's own kind (mirrored, synchronized on reading).
         mapping = [(v, s.value) for v, s in self.variables if s is not v]
-        with keras.StatelessScope(state_mapping=mapping):
+        with (
+            keras.StatelessScope(state_mapping=mapping),
+            compilation.tracing(self.models if self.jit else []),
+        ):
             return self.f(*args)
 
 

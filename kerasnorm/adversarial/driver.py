@@ -69,7 +69,7 @@ class Runner:
         norm: of the ball.
         bounds: of the inputs.
         batch_size: slots.
-        jit: through XLA; None where it pays.
+        jit: through XLA; None where `kerasnorm.jit` says so.
     """
 
     victim: Victim
@@ -84,10 +84,11 @@ class Runner:
     def __post_init__(self) -> None:
         variables = self.victim.variables()
         known = {id(v) for v, _ in variables}
-        for model in self.attack.models():
+        models = [self.victim.model, *self.attack.models()]
+        for model in models[1:]:
             variables += [(v, v) for v in model.variables if id(v) not in known]
-        self._begin = Compiled(self._on_new, variables, self.jit)
-        self._step = Compiled(self._on_slots, variables, self.jit)
+        self._begin = Compiled(self._on_new, variables, models, self.jit)
+        self._step = Compiled(self._on_slots, variables, models, self.jit)
 
     @property
     def traces(self) -> int:

@@ -27,7 +27,7 @@ from kerasnorm.adversarial.reading import (
 from kerasnorm.adversarial.square import square
 from kerasnorm.adversarial.victim import Victim, random_states
 from kerasnorm.errors import KerasNormError
-from kerasnorm.programs import Compiled, xla_pays
+from kerasnorm.programs import Compiled
 from kerasnorm.swap.progress import Progress
 
 
@@ -99,7 +99,7 @@ class Evaluator:
         alone: each attack is tried on every point that is classified correctly, rather
             than on those that still stand; slower, and comparable between attacks.
         keep: keep the adversarial examples in the result.
-        jit: compile through XLA; None where it pays (not on a CPU with TensorFlow).
+        jit: compile through XLA; None as `kerasnorm.jit` says: on a GPU or TPU.
         replaced: pairs `(variable, read instead)`, to attack averaged weights.
         verbose: show a progress bar once it takes more than two seconds.
     """
@@ -132,7 +132,7 @@ class Evaluator:
             )
         self.bounds, self.batch_size, self.seed = bounds, batch_size, int(seed)
         self.alone, self.keep, self.verbose = alone, keep, verbose
-        self.jit = xla_pays() if jit is None else jit
+        self.jit = jit
         self.victim = Victim(
             model,
             outputs=outputs,
@@ -330,8 +330,8 @@ class Evaluator:
                 return {"logits": victim.logits(x, others, Stream(key, draw))}
 
             self._forward = {
-                "plain": Compiled(forward, victim.variables(), self.jit),
-                "logits": Compiled(logits, victim.variables(), self.jit),
+                name: Compiled(f, victim.variables(), [victim.model], self.jit)
+                for name, f in (("plain", forward), ("logits", logits))
             }
         program = self._forward[what]
         size = self.batch_size if program.fixed else 4 * self.batch_size

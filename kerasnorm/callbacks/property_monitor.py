@@ -12,7 +12,7 @@ from keras.src.utils.io_utils import print_msg  # has no public name
 
 from kerasnorm import replicas
 from kerasnorm.errors import KerasNormError
-from kerasnorm.properties.measure import checked, measure
+from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, Site
 
 
@@ -106,6 +106,7 @@ class PropertyMonitor(keras.callbacks.Callback):
         self._began, self._steps = 0.0, 0
         self._last: dict[str, float] = {}
         self._writer: Any = None
+        self._measurer: Measurer | None = None
 
     @property
     def share(self) -> float:
@@ -115,6 +116,7 @@ class PropertyMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._began, self.seconds = time.perf_counter(), 0.0
+        self._measurer = None  # loss and learning rate may be others now
         if self.model.built:  # a mistake shows before the first epoch, not after it
             batch = self.settings.get("batch_size", 64)
             checked(self.model, self.x, self.y, batch, self.settings["samples"])
@@ -144,7 +146,9 @@ class PropertyMonitor(keras.callbacks.Callback):
     def _measure(self) -> None:
         started = time.perf_counter()
         model = self.model  # on JAX, asking for it brings it up to date
-        found = measure(model, self.x, self.y, **self.settings)
+        if self._measurer is None:
+            self._measurer = Measurer(model, self.x, self.y, **self.settings)
+        found = self._measurer()
         self.history.append((self._steps, found))
         values = figures(found)
         each = {

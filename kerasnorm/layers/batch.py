@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, replicas
+from kerasnorm import adoption, moving_statistics, numerics, replicas, standardize
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
 from kerasnorm.normalization import BatchStatistics
 
@@ -79,17 +79,9 @@ class BatchNormalization(BatchStatistics):
             inverse = numerics.inverse_root(moving[1], self.epsilon)
             return numerics.scale_shift(x, moving[0], inverse, gamma, beta)
         if mask is None and not replicas.together():
-            channels = moving[0].shape
-            fused = backend.fused_batch_normalization(
-                x,
-                ops.ones(channels, x.dtype) if gamma is None else gamma,
-                ops.zeros(channels, x.dtype) if beta is None else beta,
-                self.epsilon,
-            )
-            if fused is not None:
-                y, mean, variance = fused
-                self._update(moving, mean, variance, 1.0)
-                return y
+            y, mean, variance = standardize.columns(x, self.epsilon, gamma, beta)
+            self._update(moving, mean, variance, 1.0)
+            return y
         # One long column per channel: reductions over one axis are the fastest.
         x = ops.reshape(x, (1, -1, x.shape[-1]))
         seen = 1.0

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, replicas
+from kerasnorm import adoption, moving_statistics, numerics, replicas, standardize
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Reason, Refusal, declare
 from kerasnorm.normalization import BatchStatistics
@@ -91,7 +91,7 @@ class BatchLayerNormalization(BatchStatistics):
             self.moving_mean.assign(moving[0] + (mean[0] - moving[0]) * rate)
             self.moving_variance.assign(moving[1] + (variance[0] - moving[1]) * rate)
             self.batch_size.assign(size)
-        of_layer = numerics.standardize_rows(x, self.epsilon) / size
+        of_layer = standardize.rows(x, self.epsilon) / size
         inverse = numerics.inverse_root(variance, self.epsilon)
         of_batch = numerics.scale_shift(x, mean, inverse) * (1 - 1 / size)
         gamma, beta = self.affine(x.dtype)

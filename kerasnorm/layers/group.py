@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, numerics, standardize
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
 from kerasnorm.normalization import Normalization
@@ -72,7 +72,7 @@ class GroupNormalization(Normalization):
         # One position: the groups are rows, and nothing needs pooling.
         gamma, beta = self.affine(x.dtype)
         rows = ops.reshape(x, (-1, x.shape[-1] // self._groups(x)))
-        y = numerics.standardize_rows(rows, self.epsilon)
+        y = standardize.rows(rows, self.epsilon)
         y = ops.reshape(y, ops.shape(x))
         y = y if gamma is None else y * gamma
         return y if beta is None else y + beta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, numerics, standardize
 from kerasnorm.layers import group
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
 from kerasnorm.normalization import Normalization
@@ -51,7 +51,7 @@ class LayerNormalization(Normalization):
     def normalize(self, x, mask, training):
         gamma, beta = self.affine(x.dtype)
         if mask is None or mask.shape[-1] == 1:  # masked whole rows do not mix
-            return numerics.standardize_rows(x, self.epsilon, gamma, beta)
+            return standardize.rows(x, self.epsilon, gamma, beta)
         mean, variance = numerics.moments(x, (-1,), mask)
         inverse = numerics.inverse_root(variance, self.epsilon)
         return numerics.scale_shift(x, mean, inverse, gamma, beta)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, numerics, standardize
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
 from kerasnorm.normalization import Normalization
 
@@ -46,7 +46,7 @@ class RMSNormalization(Normalization):
     def normalize(self, x, mask, training):
         gamma, beta = self.affine(x.dtype)
         if mask is None or mask.shape[-1] == 1:  # masked whole rows do not mix
-            return numerics.standardize_rows(x, self.epsilon, gamma, beta, center=False)
+            return standardize.rows(x, self.epsilon, gamma, beta, center=False)
         _, square = numerics.moments(x, (-1,), mask, center=False)
         inverse = numerics.inverse_root(square, self.epsilon)
         return numerics.scale_shift(x, None, inverse, gamma, beta)

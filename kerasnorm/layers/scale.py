@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, standardize
 from kerasnorm.method import Case, Fidelity, declare
 from kerasnorm.normalization import Normalization
 
@@ -72,7 +72,7 @@ class ScaleNormalization(Normalization):
         gamma, beta = self.affine(x.dtype)
         channels = x.shape[-1]
         gain = ops.ones((1,), x.dtype) if gamma is None else gamma
-        return numerics.standardize_rows(
+        return standardize.rows(
             x,
             self.epsilon,
             beta=beta,

@@ -6,6 +6,7 @@
 from kerasnorm.properties.compass import Candidate as Candidate
 from kerasnorm.properties.compass import Compass as Compass
 from kerasnorm.properties.compass import compass as compass
+from kerasnorm.properties.measure import Measurer as Measurer
 from kerasnorm.properties.measure import measure as measure
 from kerasnorm.properties.measurement import Measurement as Measurement
 from kerasnorm.properties.measurement import Site as Site

@@ -20,19 +20,7 @@ from kerasnorm.swap import data as reading
 from rewriters.tracing import watching
 
 
-def measure(
-    model: Any,
-    x: Any,
-    y: Any = None,
-    *,
-    batch_size: int = 64,
-    loss: Any = None,
-    learning_rate: float | None = None,
-    training: bool = True,
-    samples: int = 256,
-    memory: float = 2e9,
-    seed: int = 0,
-) -> Measurement:
+def measure(model: Any, x: Any, y: Any = None, **settings: Any) -> Measurement:
     """The properties that predict how a model trains, layer by layer.
 
     One forward and one backward pass of each batch, and one more forward pass of the
@@ -44,6 +32,30 @@ def measure(
     each, what it learns from is measured: the activations that it reads, and the
     gradient that reaches its outputs. See `Site` for the properties, `docs/` for their
     formulas.
+
+    Args:
+        model, x, y, **settings: as for `Measurer`.
+
+    Returns:
+        A `Measurement`: `print` it, `.plot()` it, `.to_json()`, `.to_frame()`.
+
+    Raises:
+        KerasNormError: no model, no data, data or labels that do not fit.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> m = kerasnorm.properties.measure(model, np.eye(8, dtype="float32"))
+    >>> [site.path for site in m.sites]
+    ['dense', 'output']
+    """
+    return Measurer(model, x, y, **settings)()
+
+
+class Measurer:
+    """Measures one model on the same data again and again, compiled once.
+
+    Data and labels are read and checked when it is made, the weights at every call.
 
     Args:
         model: a built Keras model of any kind.
@@ -62,82 +74,101 @@ def measure(
         memory: bytes that a batch may take, about.
         seed: of the random directions.
 
-    Returns:
-        A `Measurement`: `print` it, `.plot()` it, `.to_json()`, `.to_frame()`.
-
     Raises:
-        KerasNormError: no model, no data, data or labels that do not fit.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-    >>> m = kerasnorm.properties.measure(model, np.eye(8, dtype="float32"))
-    >>> [site.path for site in m.sites]
-    ['dense', 'output']
+        KerasNormError: as `measure`.
     """
-    started = time.perf_counter()
-    inputs, labels = checked(model, x, y, batch_size, samples)
-    notes: list[str] = []
-    batch = min(batch_size, len(inputs))
-    fits = max(1, int(memory // (2 * _bytes(model, inputs))))
-    if fits < batch:
-        notes.append(
-            f"batches of {fits} instead of {batch} to stay below {memory / 1e9:.2g} GB"
+
+    def __init__(
+        self,
+        model: Any,
+        x: Any,
+        y: Any = None,
+        *,
+        batch_size: int = 64,
+        loss: Any = None,
+        learning_rate: float | None = None,
+        training: bool = True,
+        samples: int = 256,
+        memory: float = 2e9,
+        seed: int = 0,
+    ):
+        inputs, labels = checked(model, x, y, batch_size, samples)
+        self.notes: list[str] = []
+        self.model, self.training, self.rate = model, training, learning_rate
+        self.inputs, self.labels = inputs, labels
+        self.batch = min(batch_size, len(inputs))
+        fits = max(1, int(memory // (2 * _bytes(model, inputs))))
+        if fits < self.batch:
+            self.notes.append(
+                f"batches of {fits} instead of {self.batch} to stay below "
+                f"{memory / 1e9:.2g} GB"
+            )
+            self.batch = fits
+        self.watched = probes(model)
+        if not self.watched:
+            raise KerasNormError(
+                "there is nothing to measure",
+                got=f"{model.name!r} without a layer that has a kernel or normalizes",
+            )
+        self._run = Pass(
+            model,
+            self.watched,
+            inputs.pack,
+            len(inputs.arrays),
+            summed_loss(model, labels, loss, seed),
+            training,
         )
-        batch = fits
-    watched = probes(model)
-    if not watched:
-        raise KerasNormError(
-            "there is nothing to measure",
-            got=f"{model.name!r} without a layer that has a kernel or normalizes",
+
+    @property
+    def traces(self) -> int:
+        return self._run.traces
+
+    def __call__(self) -> Measurement:
+        """The properties of the model as it is now."""
+        started = time.perf_counter()
+        model, inputs, batch = self.model, self.inputs, self.batch
+        rate = _learning_rate(model) if self.rate is None else float(self.rate)
+        run, watched, notes = self._run, self.watched, list(self.notes)
+        flat = [*inputs.arrays, *self.labels]
+        batches = [
+            [a[k : k + batch] for a in flat]
+            for k in range(0, len(inputs) - batch + 1, batch)
+        ]
+        n = len(inputs.arrays)
+        passes = [run.run(part[:n], part[n:]) for part in batches]
+        others = _dependence(run, [a[:batch] for a in inputs.arrays], passes[0][0])
+        if others is None:
+            notes.append("one sample a batch: dependence on the others is not known")
+        found = [
+            _gather(k, [p[0] for p in passes]) for k in (*range(len(watched)), OUTPUT)
+        ]
+        gradients = {
+            key: float(np.sqrt(np.mean([p[1][key] ** 2 for p in passes])))
+            for key in passes[0][1]
+        }
+        sites = []
+        for k, probe in enumerate(watched):
+            if found[k]:
+                known = {**found[k], **_of_weights(probe, gradients, rate)}
+                known["dependence"] = (others or {}).get(k)
+                if probe.source is not None and "mean" in known:
+                    known["statistics_distance"] = _distance(probe, known)
+                sites.append(_site(probe, known))
+        if found[-1]:
+            found[-1]["dependence"] = (others or {}).get(OUTPUT)
+            last = max((s.depth for s in sites), default=0) + 1
+            sites.append(_site(Probe("output", model, "output", last), found[-1]))
+        return Measurement(
+            model=getattr(model, "name", ""),
+            sites=tuple(sites),
+            samples=batch * len(batches),
+            batch_size=batch,
+            learning_rate=rate,
+            labelled=bool(self.labels),
+            training=self.training,
+            seconds=time.perf_counter() - started,
+            notes=tuple(notes),
         )
-    rate = _learning_rate(model) if learning_rate is None else float(learning_rate)
-    run = Pass(
-        model,
-        watched,
-        inputs.pack,
-        len(inputs.arrays),
-        summed_loss(model, labels, loss, seed),
-        training,
-    )
-    flat = [*inputs.arrays, *labels]
-    batches = [
-        [a[k : k + batch] for a in flat]
-        for k in range(0, len(inputs) - batch + 1, batch)
-    ]
-    n = len(inputs.arrays)
-    passes = [run.run(part[:n], part[n:]) for part in batches]
-    others = _dependence(run, [a[:batch] for a in inputs.arrays], passes[0][0])
-    if others is None:
-        notes.append("one sample a batch: dependence on the others is not known")
-    found = [_gather(k, [p[0] for p in passes]) for k in (*range(len(watched)), OUTPUT)]
-    gradients = {
-        key: float(np.sqrt(np.mean([p[1][key] ** 2 for p in passes])))
-        for key in passes[0][1]
-    }
-    sites = []
-    for k, probe in enumerate(watched):
-        if found[k]:
-            known = {**found[k], **_of_weights(probe, gradients, rate)}
-            known["dependence"] = (others or {}).get(k)
-            if probe.source is not None and "mean" in known:
-                known["statistics_distance"] = _distance(probe, known)
-            sites.append(_site(probe, known))
-    if found[-1]:
-        found[-1]["dependence"] = (others or {}).get(OUTPUT)
-        last = max((s.depth for s in sites), default=0) + 1
-        sites.append(_site(Probe("output", model, "output", last), found[-1]))
-    return Measurement(
-        model=getattr(model, "name", ""),
-        sites=tuple(sites),
-        samples=batch * len(batches),
-        batch_size=batch,
-        learning_rate=rate,
-        labelled=bool(labels),
-        training=training,
-        seconds=time.perf_counter() - started,
-        notes=tuple(notes),
-    )
 
 
 def checked(

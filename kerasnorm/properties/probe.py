@@ -7,6 +7,7 @@ gradient that comes back. So no activation or gradient lives longer than in trai
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm import backend
+from kerasnorm.compilation import compiles
 from kerasnorm.kernels import LINEAR, kernels_of
 from kerasnorm.method import Source, read
+from kerasnorm.programs import Compiled, watched_gradients
 from kerasnorm.properties.definitions import gram, moments
 from kerasnorm.reparametrized import Reparametrized
 from rewriters.graph import SiteMap
@@ -182,10 +185,14 @@ class Pass:
         self.model, self.watched = model, list(watched)
         self.structure, self.count = structure, count
         self.loss, self.training = loss, training
+        self.traces = 0  # how often the model's code ran
         kernels = {id(k): k for p in self.watched for k in p.kernels}
         self.variables = list(kernels.values())
-        self._both = backend.watched_gradients(self._forward, self.variables)
-        self._alone = backend.traced(self._sketches)
+        self._both = watched_gradients(self._forward, model, self.variables)
+        self._alone: Callable = self._sketches
+        if compiles(model):
+            variables = [(v, v) for v in model.variables]
+            self._alone = Compiled(self._sketches, variables, [model], True)
 
     def run(
         self, x: Sequence[Array], y: Sequence[Array]
@@ -221,6 +228,7 @@ class Pass:
         inputs, labels = given[: self.count], given[self.count :]
         samples = inputs[0].shape[0]
         found: dict[int, dict[str, Any]] = {}
+        self.traces += 1
 
         def note(layer: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
             k = self._number[id(layer)]
@@ -234,7 +242,10 @@ class Pass:
             flat[0] = _marked(flat[0], samples, *slots[2 * k : 2 * k + 2])
             return tree.pack_sequence_as(outputs, flat)
 
-        with watching([p.layer for p in self.watched], note, result=True):
+        with (
+            backend.readable(),
+            watching([p.layer for p in self.watched], note, result=True),
+        ):
             outputs = self.model(self.structure(inputs), training=self.training)
         found[OUTPUT] = self._read(_first(outputs), -1, samples)
         return self.loss(outputs, labels), found
@@ -250,7 +261,8 @@ class Pass:
                     found[k] = _sketch(value, samples)
 
         with (
-            keras.StatelessScope(),
+            backend.readable(),
+            _scope(),
             watching([p.layer for p in self.watched], note),
         ):
             outputs = self.model(self.structure(x), training=self.training)
@@ -274,6 +286,12 @@ class Pass:
             "norms": norms,
             "sketch": _sketch(x, samples),
         }
+
+
+def _scope() -> Any:
+    """Where assignments are forgotten; a new one would hide what the outer one maps."""
+    inside = keras.src.backend.common.stateless_scope.in_stateless_scope()
+    return contextlib.nullcontext() if inside else keras.StatelessScope()
 
 
 def _marked(y: Tensor, samples: int, cosines: Tensor, norms: Tensor) -> Tensor:

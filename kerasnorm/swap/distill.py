@@ -10,8 +10,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm import numerics, replicas
+from kerasnorm import compilation, numerics, replicas
 from kerasnorm.errors import KerasNormError
+from kerasnorm.programs import Compiled
 from kerasnorm.swap import data as reading
 from rewriters.tracing import watching
 
@@ -123,8 +124,7 @@ def distill(
     are a stream are shuffled in blocks of `memory` bytes.
     """
     look = inputs.spread(LOOK)
-    seen = teacher.predict(look.pack(look.arrays), batch_size=128, verbose=0)
-    losses = [_loss(t) for t in tree.flatten(seen)]
+    losses = [_loss(y) for y in _outputs(teacher, look)]
     pupil = Pupil(teacher, student, pairs, losses, augment)
     if not _traces(pupil, look.pack(look.arrays)):
         pupil = Pupil(teacher, student, (), losses, augment)
@@ -138,20 +138,36 @@ def distill(
         batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
     steps = epochs * per_epoch
     schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
-    # One loss for each sample: Keras does not share a scalar out over replicas.
-    pupil.compile(keras.optimizers.Adam(schedule, clipnorm=1.0), loss=lambda _, p: p)
+    jit = compilation.compiles(pupil)
+    adam = keras.optimizers.Adam(schedule, clipnorm=1.0)
     done = itertools.count(1)
     progress = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
     )
     settings = {"shuffle": False, "verbose": 0, "callbacks": [progress], **more}
     try:
-        history = pupil.fit(batches, epochs=epochs, **settings)
+        with compilation.tracing([pupil] if jit else []):
+            # One loss for each sample: Keras does not share a scalar out over replicas.
+            pupil.compile(adam, loss=lambda _, p: p, jit_compile=jit)
+            history = pupil.fit(batches, epochs=epochs, **settings)
     except Exception:
         if failures:
             raise failures[0] from None
         raise
     return [float(v) for v in history.history["loss"]]
+
+
+def _outputs(model: Any, inputs: reading.Inputs) -> list[np.ndarray]:
+    """Flat outputs of a model, in some order, some of them twice."""
+    run = Compiled(
+        lambda x: tree.flatten(model(x, training=False)),
+        [(v, v) for v in model.variables],
+        [model],
+    )
+    batches = _Batches(inputs, 64, 0)
+    parts = [run(batches[k][0]) for k in range(len(batches))]
+    flat = zip(*parts, strict=True)
+    return [np.concatenate([ops.convert_to_numpy(v) for v in part]) for part in flat]
 
 
 def _traces(pupil: Pupil, inputs: Any) -> bool:
@@ -188,11 +204,15 @@ def _streamed(
 
 
 class _Batches(keras.utils.PyDataset):
-    """Inputs in an order of its own, drawn anew each epoch."""
+    """Inputs in an order of its own, drawn anew each epoch.
+
+    The last batch is filled up from the front of the order: all are of one size, which
+    a compiled program asks for.
+    """
 
     def __init__(self, inputs: Any, size: int, seed: int):
         super().__init__()
-        self.inputs, self.size = inputs, size
+        self.inputs, self.size = inputs, min(size, len(inputs))
         self.rng = np.random.default_rng(seed)
         self.order = self.rng.permutation(len(inputs))
 
@@ -200,7 +220,8 @@ class _Batches(keras.utils.PyDataset):
         return -(-len(self.order) // self.size)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        rows = self.order[index * self.size : (index + 1) * self.size]
+        rows = np.arange(index * self.size, (index + 1) * self.size)
+        rows = np.take(self.order, rows, mode="wrap")
         x = self.inputs.pack([a[rows] for a in self.inputs.arrays])
         return x, np.zeros(len(rows), "float32")  # Keras wants a target
 

@@ -5,14 +5,14 @@
 
 Twins are those of Keras 3, of tf-keras (Keras 2 with TensorFlow's fused kernels, in the
 same process) and, with the second form, of tensorflow-addons, which runs in an
-environment of its own (requirements-tfa.txt). All sides compute the same and take turns;
-the least time of each counts. Those of tensorflow-addons, of another TensorFlow, are
-taken in units of a yardstick, a multiply-add copy that both time in the same turns.
+environment of its own (requirements-tfa.txt). All sides compute the same and take
+turns; the least time of each counts. Those of tensorflow-addons, of another TensorFlow,
+are taken in units of a yardstick, a multiply-add copy that both time in the same turns.
 
-"forward" and "backward" (forward and backward pass, gradients of inputs and weights) are
-in training mode, moving statistics updated. "graph" is TensorFlow's plain graph, "xla"
-compiled; KERAS_BACKEND=jax has xla and Keras alone. Below 1 is faster than the twin;
-"floor" is our time over the yardstick's.
+"forward" and "backward" (forward and backward pass, gradients of inputs and weights)
+are in training mode, moving statistics updated. "graph" is TensorFlow's plain graph,
+"xla" compiled; KERAS_BACKEND=jax has xla and Keras alone. Below 1 is faster than the
+twin; "floor" is our time over the yardstick's.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def seconds(sides, repeats):
         name: f if isinstance(f, tuple) else (f, timing.repeats_of(f))
         for name, f in sides.items()
     }
-    found = {name: math.inf for name in sides}
+    found = dict.fromkeys(sides, math.inf)
     for _ in range(repeats):
         for name, (f, times) in counted.items():
             spent = f() if times is None else timing.turn(f, times)
@@ -198,7 +198,7 @@ def seconds(sides, repeats):
 
 
 def compare(method, shape, jit, elsewhere, repeats):
-    """Of each step our seconds, ours over the yardstick's, and ours over each twin's."""
+    """Of each step our seconds, over the yardstick's, and over each twin's."""
     twins = {name: make(method, shape) for name, make in PEERS.items()}
     twins = {n: steps(t, shape, jit) for n, t in twins.items() if t is not None}
     if elsewhere is not None:
@@ -250,9 +250,7 @@ def main():
                         continue
                     mode = "xla" if jit else "graph"
                     where = f"{method} | {shape} | {mode} | {step}"
-                    cells = [
-                        f"{found[n]:.2f}" if n in found else "" for n in peers
-                    ]
+                    cells = [f"{found[n]:.2f}" if n in found else "" for n in peers]
                     print(
                         f"| {where} | {1e3 * spent:.2f} | {floor:.1f} | "
                         f"{' | '.join(cells)} |",
@@ -266,8 +264,8 @@ def main():
             mean = math.exp(statistics.mean(map(math.log, found)))
             slower = sum(r > 1 for r in found)
             print(
-                f"{name}: geometric mean {mean:.2f} over {len(found)}, {slower} above 1,"
-                f" {sum(r > 1.05 for r in found)} above 1.05"
+                f"{name}: geometric mean {mean:.2f} over {len(found)}, "
+                f"{slower} above 1, {sum(r > 1.05 for r in found)} above 1.05"
             )
     print(f"worst {worst[0]:.2f}: {worst[1]}")
     if elsewhere is not None:

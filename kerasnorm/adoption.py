@@ -72,6 +72,8 @@ def describe(layer: Any, method: str, *also: str, **names: str) -> Source:
         if isinstance(value := getattr(layer, attribute, None), keras.Variable)
     }
     config = {k: getattr(layer, k) for k in (*CARRIED, *also) if hasattr(layer, k)}
+    if getattr(layer, "synchronized", False):
+        config["synchronized"] = True
     axis = layer.axis
     if not isinstance(axis, int):
         axis = axis[0] if len(axis) == 1 else tuple(axis)
@@ -193,6 +195,11 @@ def make(
     arguments = {"axis": source.axis, "epsilon": source.epsilon, **arguments, **given}
     carried = {k: v for k, v in source.config.items() if k in CARRIED}
     accepted = _accepted(cls)
+    # Keras's own layer refuses to be synchronized on JAX, where it is without a word.
+    if keras.backend.backend() == "tensorflow" or not cls.__module__.startswith(
+        "keras."
+    ):
+        carried |= {k: v for k, v in source.config.items() if k == "synchronized"}
     unknown = sorted(k for k in options.arguments if k not in accepted)
     if unknown:
         raise KerasNormError(

@@ -113,13 +113,14 @@ class Augmented(keras.utils.PyDataset):
         self.order = self.rng.permutation(len(self.y))
 
 
-def trained_resnet(depth=14, epochs=10, verbose=2):
+def trained_resnet(depth=14, epochs=10, widths=(16, 32, 64), verbose=2):
     """The benchmark's model, trained on first use (about half an hour on 2 cores)."""
-    path = CACHE / f"resnet{depth}_{epochs}epochs.keras"
+    wide = "" if widths == (16, 32, 64) else f"_{widths[0]}wide"
+    path = CACHE / f"resnet{depth}{wide}_{epochs}epochs.keras"
     if not path.exists():
         keras.utils.set_random_seed(0)
         (x, y), test = cifar10()
-        model = resnet(depth)
+        model = resnet(depth, widths)
         data = Augmented(x, y)
         steps = epochs * len(data)
         schedule = keras.optimizers.schedules.CosineDecay(
@@ -131,6 +132,7 @@ def trained_resnet(depth=14, epochs=10, verbose=2):
             ),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
+            jit_compile=False,
         )
         start = time.time()
         model.fit(data, epochs=epochs, verbose=verbose)

@@ -21,6 +21,7 @@ import argparse
 import math
 import os
 import statistics
+from pathlib import Path
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -221,6 +222,47 @@ def compare(method, shape, jit, elsewhere, repeats):
     return rows
 
 
+def summary(rows, peers):
+    """A table of the geometric mean over the shapes, and the largest, of each row.
+
+    Args:
+        rows: `(method, shape, mode, step, {peer: ratio})`.
+    """
+    found = {}
+    for method, _, mode, step, ratios in rows:
+        for name, ratio in ratios.items():
+            place = found.setdefault((method, mode, step), {})
+            place.setdefault(name, []).append(ratio)
+    print(f"\n| method | | step | shapes | {' | '.join(peers)} |")
+    print("|---|---|---|---:|" + "---:|" * len(peers))
+    for where, ratios in found.items():
+        means = {
+            n: math.exp(statistics.mean(map(math.log, v))) for n, v in ratios.items()
+        }
+        cells = [
+            f"{means[n]:.2f} ({max(ratios[n]):.2f})" if n in ratios else ""
+            for n in peers
+        ]
+        count = max(map(len, ratios.values()))
+        print(f"| {' | '.join(where)} | {count} | {' | '.join(cells)} |")
+
+
+def read(paths):
+    """Rows of tables that were printed before, and their peers."""
+    rows, peers = [], []
+    for path in paths:
+        for line in path.read_text("utf-8").splitlines():
+            cells = [c.strip() for c in line.strip().strip("|").split("|")]
+            if cells[0] == "method" and "ms" in cells:
+                names = cells[6:]
+                peers += [n for n in names if n not in peers]
+            elif len(cells) > 6 and cells[2] in ("graph", "xla"):
+                found = zip(names, cells[6:], strict=True)
+                ratios = {n: float(v) for n, v in found if v}
+                rows.append((*cells[:4], ratios))
+    return rows, peers
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
@@ -228,7 +270,13 @@ def main():
     parser.add_argument("--shapes", type=int, help="only so many of each method")
     parser.add_argument("--peer", choices=["tfa"], help="the twins of this one")
     parser.add_argument("--python", help="of the environment of --peer")
+    parser.add_argument(
+        "--read", nargs="*", type=Path, help="only sum up tables printed before"
+    )
     arguments = parser.parse_args()
+    if arguments.read:
+        summary(*read(arguments.read))
+        return
     elsewhere = None
     if arguments.peer:
         if not arguments.python:
@@ -238,14 +286,14 @@ def main():
     if on_jax:
         del PEERS["tf-keras"]
     peers = ["tfa"] if arguments.peer else list(PEERS)
-    worst, ratios = (0.0, ""), {name: [] for name in peers}
+    worst, ratios, rows = (0.0, ""), {name: [] for name in peers}, []
     print(f"| method | shape | | step | ms | floor | {' | '.join(peers)} |")
     print("|---|---|---|---|---:|---:|" + "---:|" * len(peers))
     for method in arguments.methods:
         for shape in METHODS[method][1][: arguments.shapes]:
             for jit in [True] if on_jax else [False, True]:
-                rows = compare(method, shape, jit, elsewhere, arguments.repeats)
-                for step, (spent, floor, found) in rows.items():
+                seen = compare(method, shape, jit, elsewhere, arguments.repeats)
+                for step, (spent, floor, found) in seen.items():
                     if not found:
                         continue
                     mode = "xla" if jit else "graph"
@@ -256,6 +304,7 @@ def main():
                         f"{' | '.join(cells)} |",
                         flush=True,
                     )
+                    rows.append((method, str(shape), mode, step, found))
                     for name, ratio in found.items():
                         worst = max(worst, (ratio, f"{where} | {name}"))
                         ratios[name].append(ratio)
@@ -268,6 +317,7 @@ def main():
                 f"{slower} above 1, {sum(r > 1.05 for r in found)} above 1.05"
             )
     print(f"worst {worst[0]:.2f}: {worst[1]}")
+    summary(rows, peers)
     if elsewhere is not None:
         elsewhere.close()
 

@@ -52,6 +52,12 @@ def count() -> int:
     return 1 if context is None else context.num_replicas_in_sync
 
 
+def of(model: Any) -> int:
+    """Number of replicas that a model is trained on."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return 1 if strategy is None else strategy.num_replicas_in_sync
+
+
 def across(axes: Sequence[int]) -> bool:
     """Whether a reduction over these axes goes on over the replicas: where they are
     synchronized and the batch, axis 0, is one of them."""

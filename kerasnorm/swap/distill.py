@@ -138,7 +138,8 @@ def distill(
         batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
     steps = epochs * per_epoch
     schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
-    jit = compilation.compiles(pupil)
+    # What XLA compiles cannot speak to other replicas.
+    jit = replicas.of(pupil) == 1 and compilation.compiles(pupil)
     adam = keras.optimizers.Adam(schedule, clipnorm=1.0)
     done = itertools.count(1)
     progress = keras.callbacks.LambdaCallback(

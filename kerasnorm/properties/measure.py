@@ -11,6 +11,7 @@ import numpy as np
 from keras import tree
 
 from kerasnorm.errors import KerasNormError
+from kerasnorm.method import Source, read
 from kerasnorm.properties import definitions as d
 from kerasnorm.properties.loss import summed_loss
 from kerasnorm.properties.measurement import Measurement, Site
@@ -313,7 +314,9 @@ def _of_weights(
 
 
 def _distance(probe: Probe, known: dict[str, Any]) -> float | None:
-    weights = probe.source.weights if probe.source is not None else {}
+    # Read anew: a monitor keeps its probes while running statistics move.
+    source = read(probe.layer)
+    weights = source.weights if isinstance(source, Source) else {}
     mean, variance = weights.get("mean"), weights.get("variance")
     if variance is None or np.size(variance) != np.size(known["pooled"]):
         return None

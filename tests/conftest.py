@@ -44,6 +44,13 @@ TOLERANCES = {
 MAIN_METHODS = ("bn", "frn", "gn", "in", "ln", "none", "rms", "wn")
 
 
+def in_turn(k: int) -> tuple[str, ...]:
+    """Methods for the k-th of many large models: those that promise to be exact, and
+    two of the others, which take turns. All of them run with `-m slow`."""
+    rest = [m for m in MAIN_METHODS if m not in ("none", "wn")]
+    return ("none", "wn", *(rest[(2 * k + i) % len(rest)] for i in (0, 1)))
+
+
 def require_shared(path: str = "") -> pathlib.Path:
     """The folder of published models and data; skips, or fails where CI requires it."""
     found = SHARED / path

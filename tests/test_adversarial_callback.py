@@ -301,9 +301,16 @@ def test_mirrored_strategy():
 # ------------------------------------------------------ adversarial training
 
 
-@pytest.mark.parametrize("method", ["pgd", "free"])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_training_makes_robust(method, norm):
+@pytest.mark.parametrize(
+    ("norm", "method"),
+    [
+        ("linf", "pgd"),
+        ("l2", "free"),
+        pytest.param("linf", "free", marks=pytest.mark.slow),
+        pytest.param("l2", "pgd", marks=pytest.mark.slow),
+    ],
+)
+def test_training_makes_robust(norm, method):
     plain, x, y = zoo.network()
     eps = {"linf": 0.15, "l2": 1.2}[norm]
     model = keras.models.clone_model(plain)

@@ -1,7 +1,8 @@
 """Every method on the architectures of `keras.applications`, weights not trained.
 
-One small architecture a family by default; all of them with `-m slow`. JAX compiles
-every operation of every shape, which takes minutes a model: there one stands for all.
+One small architecture a family by default, under methods that take turns; all of them
+under all methods with `-m slow`. JAX compiles every operation of every shape, which
+takes minutes a model: there one stands for all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from conftest import MAIN_METHODS
+from conftest import MAIN_METHODS, in_turn
 from zoo import randomize
 
 import kerasnorm
@@ -50,17 +51,23 @@ def make(name: str) -> keras.Model:
     return randomize(model)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in ALL],
-)
-def test_every_method_rewrites_or_refuses(name, tmp_path):
+def runs():
+    for k, name in enumerate(SMALL):
+        yield pytest.param(name, in_turn(k), id=name)
+    for name in ALL:
+        yield pytest.param(
+            *(name, MAIN_METHODS), id=f"{name}-all", marks=pytest.mark.slow
+        )
+
+
+@pytest.mark.parametrize(("name", "methods"), list(runs()))
+def test_every_method_rewrites_or_refuses(name, methods, tmp_path):
     model = make(name)
     x = rewriters.random_inputs(model, samples=2)
     y = outputs(model, x)[0]
     norms = {s.path for s in rewriters.sites(model) if read(s.layer) is not None}
     before = [np.array(w) for w in model.get_weights()]
-    for method in MAIN_METHODS:
+    for method in methods:
         new, report = kerasnorm.rewrite(model, method, return_report=True)
         plan = report.plan
         assert {s.path for s in plan.steps} | {r.path for r in plan.refused} == norms
@@ -70,7 +77,7 @@ def test_every_method_rewrites_or_refuses(name, tmp_path):
             # the last place of the input moves the output by 7e-5 in EfficientNetV2B0.
             limit = max(1e-4, 10 * rewriters.rounding(model, x, draws=1))
             assert rewriters.compare(model, new, x).relative <= limit
-        if method == "gn":
+        if method == methods[-1]:
             new.save(tmp_path / "new.keras")
             again = keras.saving.load_model(tmp_path / "new.keras")
             assert rewriters.compare(new, again, x).max_abs == 0

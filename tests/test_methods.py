@@ -24,7 +24,10 @@ def cases_run(method) -> int:
 
 def generated():
     for method in methods().values():
-        rest = tuple(f"case{n}-" for n in range(cases_run(method), len(method.cases)))
+        count = cases_run(method)
+        rest = tuple(f"case{n}-" for n in range(count, len(method.cases)))
+        # XLA takes longer than all the other checks of a case together.
+        rest += tuple(f"case{n}-compiles" for n in range((count + 1) // 2, count))
         for check in testing.checks(method):
             marks = pytest.mark.slow if rest and check.name.startswith(rest) else ()
             yield pytest.param(check.run, id=f"{method.name}-{check.name}", marks=marks)

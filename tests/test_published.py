@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import MAIN_METHODS
+from conftest import MAIN_METHODS, in_turn
 
 import kerasnorm
 import rewriters
@@ -36,29 +36,29 @@ def files():
     return found
 
 
+def runs():
+    """Names and methods, which take turns by default; all of them with `-m slow`."""
+    for k, name in enumerate(sorted(files()) or ["none"]):
+        # JAX compiles every operation of every shape; the small files stand for all.
+        small = keras.backend.backend() != "jax" or name.startswith("k215_")
+        marks = () if small else pytest.mark.slow
+        yield pytest.param(name, in_turn(k), id=name, marks=marks)
+        yield pytest.param(
+            *(name, MAIN_METHODS), id=f"{name}-all", marks=pytest.mark.slow
+        )
+
+
 # Some of these models lose their mask at a convolution, as Keras says.
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
-@pytest.mark.parametrize(
-    "name",
-    # JAX compiles every operation of every shape; the small files stand for all there.
-    [
-        pytest.param(
-            n,
-            marks=pytest.mark.slow
-            if keras.backend.backend() == "jax" and not n.startswith("k215_")
-            else (),
-        )
-        for n in sorted(files()) or ["none"]
-    ],
-)
-def test_every_method_rewrites_or_refuses(name, shared, tmp_path):
+@pytest.mark.parametrize(("name", "methods"), list(runs()))
+def test_every_method_rewrites_or_refuses(name, methods, shared, tmp_path):
     model = kerasnorm.load(files()[name], compile=False)
     x = rewriters.random_inputs(model, samples=2)
     norms = sorted(s.path for s in rewriters.sites(model) if read(s.layer) is not None)
     assert norms or name.startswith("tfa_")
     half = any("16" in layer.compute_dtype for layer in model._flatten_layers())
     before = [np.array(w) for w in model.get_weights()]
-    for method in MAIN_METHODS:
+    for method in methods:
         new, report = kerasnorm.rewrite(model, method, return_report=True)
         plan = report.plan
         found = [s.path for s in plan.steps] + [r.path for r in plan.refused]

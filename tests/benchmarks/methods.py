@@ -11,7 +11,7 @@ memory is that of the temporaries of the step as compiled by JAX, whatever the b
 Both are ratios.
 
 About 25 s a method on 2 cores. Results are kept in build/methods.<backend>.json and
-reused; `--again` measures the named methods anew.
+reused; `--again accuracy` or `--again step` measures the named methods anew.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def memory(names):
     return found
 
 
-def measure(method, x, y):
-    """One row of the table, as data."""
+def trained(method, x, y):
+    """Accuracies under the method, and what was left as it was."""
     row = {"notes": []}
     for name, network in (("cnn", convolutional), ("rnn", recurrent)):
         for batch in RATES:
@@ -202,11 +202,16 @@ def measure(method, x, y):
             if model is None:
                 break
             row[f"{name} {batch}"] = accuracy(model, x, y, batch)
+    return row
+
+
+def timed(method):
+    """Seconds of a step under the method, relative to stock batch normalization."""
+    row = {}
     stock = convolutional(0.9, PIXELS)
     model, _ = under(method, convolutional, 0.9, PIXELS)
     if model is None:
         return row
-    row["weights"] = model.count_params() / stock.count_params()
     kinds = {"plain": False, "xla": True}
     if keras.backend.backend() == "jax":
         del kinds["plain"]  # that would be operation by operation
@@ -254,7 +259,9 @@ def table(results):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", help="names or aliases; default: all")
-    parser.add_argument("--again", action="store_true", help="measure them anew")
+    parser.add_argument(
+        "--again", nargs="+", default=[], choices=["accuracy", "step"], help="anew"
+    )
     parser.add_argument("--markdown", type=Path, help="file for the table")
     parser.add_argument("--memory", action="store_true", help="memory alone, as JSON")
     args = parser.parse_args()
@@ -270,7 +277,10 @@ def main() -> None:
             continue
         start = time.perf_counter()
         try:
-            results[name] = measure(name, x, y)
+            if name not in results or "accuracy" in args.again:
+                results[name] = trained(name, x, y)
+                keras.backend.clear_session()
+            results[name] |= timed(name)
         except Exception as error:  # one method that breaks must not lose the others
             first = str(error).partition("\n")[0]
             results[name] = {"notes": [f"{type(error).__name__}: {first}"]}

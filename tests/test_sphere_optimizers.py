@@ -222,8 +222,9 @@ def test_steps_equal_the_oracle(step, momentum, nesterov, limit, rng):
             optimizer.apply([ops.convert_to_tensor(x) for x in g], variables)
         for path, f in flows.items():
             found = columns(f.kernel, ops.convert_to_numpy(f.kernel.variable))
-            # The learning rate is a float32 variable.
-            np.testing.assert_allclose(found, expected[path], rtol=1e-6, atol=1e-7)
+            # The learning rate is a float32 variable. Single values cancel where
+            # vectors of length 1 turn, which float32 knows to 6e-8 a step.
+            np.testing.assert_allclose(found, expected[path], rtol=1e-6, atol=3e-7)
 
 
 def columns(kernel, value):

@@ -268,6 +268,7 @@ def in_torch(name, count, norm, eps, ensemble):
 
         def forward(self, images):
             if images.requires_grad:  # its attacks look at gradients with `view`
+                images = images + 0  # hooks of leaves come too late for autograd.grad
                 images.register_hook(torch.Tensor.contiguous)
             return self.inner(images.permute(0, 2, 3, 1), training=False)
 

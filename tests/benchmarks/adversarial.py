@@ -268,7 +268,6 @@ def in_torch(name, count, norm, eps, ensemble):
 
         def forward(self, images):
             if images.requires_grad:  # its attacks look at gradients with `view`
-                images = images + 0  # hooks of leaves come too late for autograd.grad
                 images.register_hook(torch.Tensor.contiguous)
             return self.inner(images.permute(0, 2, 3, 1), training=False)
 
@@ -281,7 +280,8 @@ def in_torch(name, count, norm, eps, ensemble):
             torchattacks.APGD(net, kind, float(eps), steps=100, seed=0),
             torchattacks.APGDT(net, kind, float(eps), steps=100, seed=0, n_classes=10),
         ]
-    images = torch.tensor(x.transpose(0, 3, 1, 2))
+    # Gradients take the strides of what they are of.
+    images = torch.tensor(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
     labels = torch.tensor(y.astype("int64"))
 
     def stands(points, rows):

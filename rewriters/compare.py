@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,25 +55,21 @@ def compare(
         RewriteError: the outputs differ in number or shape.
     """
     x = random_inputs(first, samples, seed) if x is None else x
-    ours = [np.asarray(y, "float64") for y in outputs(first, x)]
-    theirs = [np.asarray(y, "float64") for y in outputs(second, x)]
+    ours, theirs = outputs(first, x), outputs(second, x)
     if [y.shape for y in ours] != [y.shape for y in theirs]:
         raise RewriteError(
             "the two models have outputs of other shapes",
             got=[y.shape for y in theirs],
             expected=f"{[y.shape for y in ours]}",
         )
-    pairs = list(zip(ours, theirs, strict=True))
-    gaps = [float(np.max(np.abs(a - b), initial=0)) for a, b in pairs]
-    sizes = [max(1.0, float(np.max(np.abs(a), initial=0))) for a in ours]
     classes = [
         np.mean(a.argmax(-1) == b.argmax(-1))
-        for a, b in pairs
+        for a, b in zip(ours, theirs, strict=True)
         if a.ndim and a.shape[-1] > 1
     ]
     return Comparison(
-        max_abs=max(gaps),
-        relative=max(g / s for g, s in zip(gaps, sizes, strict=True)),
+        max_abs=max(gap for gap, _ in _gaps(ours, theirs)),
+        relative=relative(ours, theirs),
         agreement=float(np.mean(classes)) if classes else None,
         finite=all(np.isfinite(y).all() for y in (*ours, *theirs)),
         samples=len(tree.flatten(x)[0]),
@@ -93,28 +90,47 @@ def rounding(model: Any, x: Any, *, draws: int = 3) -> float:
     Returns:
         The largest difference, relative as in `Comparison`.
     """
-    y = [np.asarray(a, "float64") for a in outputs(model, x)]
-    worst = 0.0
-    for seed in range(draws):
-        rng = np.random.default_rng(seed)
-
-        def step(a: Any, rng: Any = rng) -> Any:
-            a = np.asarray(a)
-            if a.dtype.kind != "f":
-                return a
-            towards = np.where(rng.random(a.shape) < 0.5, -np.inf, np.inf)
-            return np.nextafter(a, towards.astype(a.dtype))
-
-        for a, b in zip(y, outputs(model, tree.map_structure(step, x)), strict=True):
-            gap = np.max(np.abs(a - b), initial=0)
-            worst = max(worst, float(gap / max(1.0, np.max(np.abs(a), initial=0))))
-    return worst
+    y = outputs(model, x)
+    moved = (outputs(model, nudged(x, seed)) for seed in range(draws))
+    return max((relative(y, z) for z in moved), default=0.0)
 
 
-def outputs(model: Any, x: Any) -> list[Any]:
-    """Flat list of a model's outputs as arrays, in inference mode."""
+def nudged(x: Any, seed: int = 0) -> Any:
+    """Inputs with each floating value moved by one unit in the last place, at random
+    up or down."""
+    rng = np.random.default_rng(seed)
+
+    def step(a: Any) -> Any:
+        a = np.asarray(a)
+        if a.dtype.kind != "f":
+            return a
+        towards = np.where(rng.random(a.shape) < 0.5, -np.inf, np.inf)
+        return np.nextafter(a, towards.astype(a.dtype))
+
+    return tree.map_structure(step, x)
+
+
+def relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """Difference of two lists of outputs, as in `Comparison`; NaN where one has NaN."""
+    return float(np.max([gap / max(1.0, size) for gap, size in _gaps(ours, theirs)]))
+
+
+def _gaps(ours: Sequence[Any], theirs: Sequence[Any]) -> list[tuple[float, float]]:
+    """Largest difference of each pair, and the largest value of the first."""
+    doubles = [[np.asarray(y, "float64") for y in side] for side in (ours, theirs)]
+    return [
+        (
+            float(np.max(np.abs(a - b), initial=0)),
+            float(np.max(np.abs(a), initial=0)),
+        )
+        for a, b in zip(*doubles, strict=True)
+    ]
+
+
+def outputs(model: Any, x: Any, training: bool = False) -> list[Any]:
+    """Flat list of a model's outputs as float32 arrays."""
     inputs = tree.map_structure(keras.ops.convert_to_tensor, x)
-    result = tree.flatten(model(inputs, training=False))
+    result = tree.flatten(model(inputs, training=training))
     return [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in result]
 
 

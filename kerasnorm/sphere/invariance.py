@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from kerasnorm.errors import KerasNormError
 from kerasnorm.flow import Flow, flows
 from kerasnorm.method import read
 from kerasnorm.results import render
+from rewriters.compare import nudged, outputs, relative
 
 
 Array = np.ndarray
@@ -151,16 +152,16 @@ def measure(
     """
     rng = np.random.default_rng(seed)
     with _epsilons(model), _kept(model) as restore:
-        y = _outputs(model, x)
+        y = outputs(model, x, training=True)
         restore()
-        z = _outputs(model, tree.map_structure(_nudged, x))
+        z = outputs(model, nudged(x), training=True)
         restore()
         for f in found:
             scale_units(f, rng.choice(FACTORS, max(f.units, default=0) + 1))
-        scaled = _outputs(model, x)
+        scaled = outputs(model, x, training=True)
     half = any("16" in layer.compute_dtype for layer in model._flatten_layers())
     limit = TOLERANCE_FLOAT16 if half else TOLERANCE
-    return _gap(y, scaled), max(limit, ROUNDINGS * _gap(y, z))
+    return relative(y, scaled), max(limit, ROUNDINGS * relative(y, z))
 
 
 def scale_units(flow: Flow, factors: Array) -> None:
@@ -184,30 +185,6 @@ def scale_units(flow: Flow, factors: Array) -> None:
         fits = per_filter.size == value.size and len(set(flow.units)) > 1
         by = per_filter.reshape(value.shape) if fits else per_filter[0]
         bias.assign((value * by).astype(value.dtype))
-
-
-def _outputs(model: Any, x: Any) -> list[Array]:
-    inputs = tree.map_structure(ops.convert_to_tensor, x)
-    made = tree.flatten(model(inputs, training=True))
-    return [ops.convert_to_numpy(ops.cast(y, "float32")) for y in made]
-
-
-def _gap(a: Sequence[Array], b: Sequence[Array]) -> float:
-    pairs = zip(a, b, strict=True)
-    gaps = [
-        float(np.max(np.abs(p - q), initial=0) / max(1.0, np.max(np.abs(p), initial=0)))
-        for p, q in pairs
-    ]
-    return float(np.max(gaps))  # a NaN stays one
-
-
-def _nudged(a: Any) -> Any:
-    """The next number after each, as rounding would have it."""
-    a = np.asarray(a)
-    if a.dtype.kind != "f":
-        return a
-    up = np.random.default_rng(0).random(a.shape) < 0.5
-    return np.nextafter(a, np.where(up, np.inf, -np.inf).astype(a.dtype))
 
 
 @contextlib.contextmanager

@@ -44,11 +44,19 @@ TOLERANCES = {
 MAIN_METHODS = ("bn", "frn", "gn", "in", "ln", "none", "rms", "wn")
 
 
-def in_turn(k: int) -> tuple[str, ...]:
-    """Methods for the k-th of many large models: those that promise to be exact, and
-    two of the others, which take turns. All of them run with `-m slow`."""
+def in_turn(names, default=None):
+    """`(name, methods)` of tests that rewrite many large models.
+
+    By default the methods that promise to be exact, and two of the others, which take
+    turns; on the names in `default` alone, where it is given. All with `-m slow`.
+    """
     rest = [m for m in MAIN_METHODS if m not in ("none", "wn")]
-    return ("none", "wn", *(rest[(2 * k + i) % len(rest)] for i in (0, 1)))
+    for k, name in enumerate(names if default is None else default):
+        two = [rest[(2 * k + i) % len(rest)] for i in (0, 1)]
+        yield pytest.param(name, ("none", "wn", *two), id=name)
+    for name in names:
+        slow = pytest.mark.slow
+        yield pytest.param(name, MAIN_METHODS, id=f"{name}-all", marks=slow)
 
 
 def require_shared(path: str = "") -> pathlib.Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import MAIN_METHODS, in_turn
+from conftest import in_turn
 
 import kerasnorm
 import rewriters
@@ -36,21 +36,15 @@ def files():
     return found
 
 
-def runs():
-    """Names and methods, which take turns by default; all of them with `-m slow`."""
-    for k, name in enumerate(sorted(files()) or ["none"]):
-        # JAX compiles every operation of every shape; the small files stand for all.
-        small = keras.backend.backend() != "jax" or name.startswith("k215_")
-        marks = () if small else pytest.mark.slow
-        yield pytest.param(name, in_turn(k), id=name, marks=marks)
-        yield pytest.param(
-            *(name, MAIN_METHODS), id=f"{name}-all", marks=pytest.mark.slow
-        )
+NAMES = sorted(files()) or ["none"]
+# JAX compiles every operation of every shape; the small files stand for all there.
+JAX = keras.backend.backend() == "jax"
+DEFAULT = [n for n in NAMES if not JAX or n.startswith("k215_")]
 
 
 # Some of these models lose their mask at a convolution, as Keras says.
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
-@pytest.mark.parametrize(("name", "methods"), list(runs()))
+@pytest.mark.parametrize(("name", "methods"), list(in_turn(NAMES, DEFAULT)))
 def test_every_method_rewrites_or_refuses(name, methods, shared, tmp_path):
     model = kerasnorm.load(files()[name], compile=False)
     x = rewriters.random_inputs(model, samples=2)

@@ -191,15 +191,19 @@ def oracle(w, gradients, rate, momentum, nesterov, units, step, limit=None):
 
 
 @pytest.mark.parametrize("step", ["retract", "geodesic"])
-@pytest.mark.parametrize("momentum,nesterov", [(0.0, False), (0.9, False), (0.9, True)])
-@pytest.mark.parametrize("limit", [None, 0.05])
+@pytest.mark.parametrize(
+    "momentum,nesterov", [(0.0, False), (0.875, False), (0.875, True)]
+)
+@pytest.mark.parametrize("limit", [None, 0.0625])
 def test_steps_equal_the_oracle(step, momentum, nesterov, limit, rng):
     with backend.double_precision():
         model = network("float64")
         flows = {f.path: f for f in scale_invariant_weights(model).invariant}
         assert {f.granularity for f in flows.values()} == {"filter", "group", "layer"}
+        # Rate, momentum and limit pass through float32, which has these exactly.
+        rate = 0.25
         optimizer = OnSphere(
-            O.SGD(0.3, momentum, nesterov), model, step=step, max_angle=limit
+            O.SGD(rate, momentum, nesterov), model, step=step, max_angle=limit
         )
         variables = model.trainable_variables
         optimizer.build(variables)
@@ -209,7 +213,7 @@ def test_steps_equal_the_oracle(step, momentum, nesterov, limit, rng):
             path: oracle(
                 columns(f.kernel, ops.convert_to_numpy(f.kernel.variable)),
                 [columns(f.kernel, g[order[id(f.kernel.variable)]]) for g in drawn],
-                0.3,
+                rate,
                 momentum,
                 nesterov,
                 f.units,
@@ -222,9 +226,7 @@ def test_steps_equal_the_oracle(step, momentum, nesterov, limit, rng):
             optimizer.apply([ops.convert_to_tensor(x) for x in g], variables)
         for path, f in flows.items():
             found = columns(f.kernel, ops.convert_to_numpy(f.kernel.variable))
-            # The learning rate is a float32 variable. Single values cancel where
-            # vectors of length 1 turn, which float32 knows to 6e-8 a step.
-            np.testing.assert_allclose(found, expected[path], rtol=1e-6, atol=3e-7)
+            np.testing.assert_allclose(found, expected[path], rtol=1e-9, atol=1e-12)
 
 
 def columns(kernel, value):

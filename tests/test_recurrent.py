@@ -21,6 +21,10 @@ SEQUENCE = {
 }
 X = np.random.default_rng(0).normal(size=(4, 5, 3)).astype("float32")
 MASK = np.array([list(row) for row in ("11111", "11100", "10000", "01101")]) == "1"
+# Tracing the loops of recurrent layers takes longer than anything else here.
+EAGERLY = pytest.mark.parametrize(
+    "eagerly", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 
 
 def randomize(layer, seed=1):
@@ -175,8 +179,9 @@ def test_loops_agree(kind, sequence):
         np.testing.assert_allclose(numpy(y), first[0], rtol=1e-4, atol=1e-5)
 
 
+@EAGERLY
 @pytest.mark.parametrize("sequence", [None, *SEQUENCE])
-def test_backwards_bidirectional_stateful_and_saving(sequence, tmp_path):
+def test_backwards_bidirectional_stateful_and_saving(sequence, eagerly, tmp_path):
     arguments = SEQUENCE.get(sequence, {})
     layer = made("lstm", **arguments, go_backwards=True)
     forward = made("lstm", **arguments)
@@ -202,8 +207,7 @@ def test_backwards_bidirectional_stateful_and_saving(sequence, tmp_path):
             keras.layers.Dense(2),
         ]
     )
-    # Tracing the loops takes longer than anything else here; `test_loops_agree` does.
-    model.compile("adam", "mse", run_eagerly=True)
+    model.compile("adam", "mse", run_eagerly=eagerly, jit_compile=False)
     x = np.where(MASK[..., None], X, 0)
     model.fit(x, np.ones((4, 2)), epochs=2, verbose=0)
     y = numpy(model(x))
@@ -282,8 +286,9 @@ def test_addons_cells_are_these():
         assert {LSTMCell, recurrent.SimpleRNNCell} <= cells
 
 
+@EAGERLY
 @pytest.mark.parametrize("norm", ["ln", "streaming"])
-def test_cells_of_a_trained_model_are_normalized(norm, tmp_path):
+def test_cells_of_a_trained_model_are_normalized(norm, eagerly, tmp_path):
     inputs = keras.Input((5, 3))
     x = keras.layers.Bidirectional(
         keras.layers.LSTM(4, return_sequences=True, name="l"), name="both"
@@ -291,7 +296,7 @@ def test_cells_of_a_trained_model_are_normalized(norm, tmp_path):
     x = keras.layers.GRU(3, name="gru", return_sequences=True)(x)
     x = keras.layers.SimpleRNN(3, name="simple")(x)
     model = keras.Model(inputs, keras.layers.Dense(1, name="out")(x))
-    model.compile("adam", "mse", run_eagerly=True)
+    model.compile("adam", "mse", run_eagerly=eagerly, jit_compile=False)
     model.fit(X, X[:, 0, :1], verbose=0)
     before = model.get_weights()
     new = kerasnorm.rewrite(model, norm, cells=True)
@@ -325,6 +330,6 @@ def test_cells_of_a_trained_model_are_normalized(norm, tmp_path):
         kerasnorm.plan(model, norm, cells={"cellstate": "carry"})
     refused = kerasnorm.plan(model, "batch", cells=True).refused
     assert len(refused) == 4
-    if norm == "ln":
+    if norm == "ln" or not eagerly:
         fitted = kerasnorm.rewrite(model, norm, cells=True, data=X, fit="distill")
         assert np.isfinite(numpy(fitted(X))).all()

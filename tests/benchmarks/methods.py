@@ -283,7 +283,8 @@ def main() -> None:
             results[name] |= timed(name)
         except Exception as error:  # one method that breaks must not lose the others
             first = str(error).partition("\n")[0]
-            results[name] = {"notes": [f"{type(error).__name__}: {first}"]}
+            note = f"{type(error).__name__}: {first}"
+            results[name] = {**results.get(name, {}), "notes": [note]}
         keras.backend.clear_session()
         seconds = time.perf_counter() - start
         shown = {k: round(v, 2) for k, v in results[name].items() if k != "notes"}

@@ -18,6 +18,10 @@ from keras import ops
 
 Tensor = Any
 
+# Sums over fewer elements than this are no work for a matrix product; over more than
+# the other it is neither faster nor as exact as a reduction.
+SHORT, LONG = 32, 2**17
+
 
 def custom_gradient(f: Callable) -> Callable:
     """Gives a function of tensors a gradient in closed form.
@@ -158,11 +162,12 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over the last axis of `(rows, columns)`, of `x * weights` where given.
 
     On a CPU a matrix product is the fastest where there are weights, which it takes
-    along, and as TensorFlow calls XLA. Elsewhere it may run in reduced precision (TF32,
+    along, and under TensorFlow. Elsewhere it may run in reduced precision (TF32,
     bfloat16), so it is not used there.
     """
     columns = x.shape[-1]
-    if on_cpu() and (weights is not None or _under_tensorflow_xla()):
+    product = weights is not None or keras.backend.backend() == "tensorflow"
+    if on_cpu() and product and SHORT <= columns < LONG:
         if weights is None:
             weights = ops.ones((columns,), x.dtype)
         return ops.matmul(x, ops.reshape(weights / columns, (columns, 1)))
@@ -171,7 +176,7 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def row_mean_square(x: Tensor) -> Tensor:
     """Mean over the last axis of `(rows, columns)` of `x**2`."""
-    if on_cpu() and _under_tensorflow_xla():
+    if on_cpu() and _under_tensorflow_xla() and SHORT <= x.shape[-1] < LONG:
         return row_mean(ops.square(x))
     return mean_square(x, (1,), float(x.shape[-1]))
 
@@ -179,11 +184,12 @@ def row_mean_square(x: Tensor) -> Tensor:
 def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
     """`sum(x) / n` over `axes`, kept with size 1.
 
-    Over the positions of `(batch, positions, channels)` TensorFlow's own reduction
-    takes up to 1.7 times as long on a CPU as a matrix product.
+    Over many positions of `(batch, positions, channels)` TensorFlow's own reduction
+    takes up to 1.7 times as long on a CPU as a matrix product; over few it is faster.
     """
     axes = tuple(axes)
-    if len(x.shape) != 3 or axes not in ((1,), (0, 1)) or not _plain_cpu():
+    few = axes == (1,) and (x.shape[1] or SHORT) < SHORT
+    if len(x.shape) != 3 or axes not in ((1,), (0, 1)) or few or not _plain_cpu():
         return ops.sum(x, axes, keepdims=True) / n
     if axes == (0, 1) and x.shape[0] != 1:
         x = ops.reshape(x, (1, -1, x.shape[-1]))
@@ -207,7 +213,9 @@ def column_sum(x: Tensor, weights: Tensor | None = None) -> Tensor:
 def multiply_add(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """`x * slope + offset` of `(batch, positions, channels)` and two `(channels,)`, in
     one pass where there is a kernel for it: in TensorFlow's plain graph on a CPU."""
-    if not _plain_cpu() or keras.backend.standardize_dtype(x.dtype) != "float32":
+    # On a few vectors most of the time is that of calling the kernel.
+    few = x.shape[1] == 1 and (x.shape[0] or 0) * x.shape[2] < 2**18
+    if few or not _plain_cpu() or x.dtype != "float32":
         return x * slope + offset
     import tensorflow as tf
 

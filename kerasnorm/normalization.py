@@ -114,7 +114,10 @@ class Normalization(keras.layers.Layer):
         """`gamma` and `beta` as flat vectors in `dtype`; None where not used."""
 
         def flat(v):
-            return None if v is None else ops.reshape(ops.cast(v, dtype), (-1,))
+            if v is None:
+                return None
+            v = ops.cast(v, dtype)
+            return v if len(v.shape) == 1 else ops.reshape(v, (-1,))
 
         return flat(self.gamma), flat(self.beta)
 

@@ -100,7 +100,8 @@ class Reparametrized(keras.layers.Wrapper):
         return {}
 
     def update(self, v: Tensor, **parameters: Tensor) -> dict[str, Tensor]:
-        """New values of the state in training, computed before `kernel`."""
+        """New values of the state in training, computed before `kernel`, to which they
+        are constants."""
         return {}
 
     def absorb(self, v: Tensor, w: Tensor) -> dict[str, Tensor]:
@@ -170,8 +171,8 @@ class Reparametrized(keras.layers.Wrapper):
             values = {n: ops.cast(p, v.dtype) for n, p in held.items()}
             if training:
                 for name, value in self.update(v, **values).items():
-                    held[name].assign(ops.stop_gradient(value))
-                    values[name] = value
+                    values[name] = ops.stop_gradient(value)
+                    held[name].assign(values[name])
             return kernel.from_columns(self.kernel(v, **values))
 
     def call(self, *args, training=None, **kwargs):

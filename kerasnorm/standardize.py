@@ -76,6 +76,78 @@ def rows(
     return ops.reshape(backend.custom_gradient(kernel)(flat, *values), shape)
 
 
+def samples(
+    x: Tensor,
+    epsilon: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    center: bool = True,
+) -> Tensor:
+    """Normalizes each channel of each sample of `(batch, positions, channels)` by its
+    own moments.
+
+    The gradient is that of `rows`, with means over the positions.
+
+    Args:
+        x: floating tensor.
+        epsilon: added to the variance.
+        gamma, beta: `(channels,)`.
+        center: False divides by the root mean square.
+    """
+    affine = {"gamma": gamma, "beta": beta}
+    affine = {name: v for name, v in affine.items() if v is not None}
+
+    def kernel(x, *values):
+        given = dict(zip(affine, values, strict=True))
+        n = elements(x, (1,))
+        d = x - backend.mean(x, (1,), n) if center else x
+        inverse = inverse_root(backend.mean_square(d, (1,), n), epsilon)
+        slope = inverse * given["gamma"] if "gamma" in given else inverse
+        y = d * slope
+        if "beta" in given:
+            y = y + given["beta"]
+
+        def backward(dy):
+            unit = d * inverse
+            along = backend.mean(dy * unit, (1,), n)
+            level = backend.mean(dy, (1,), n)
+            dx = dy - unit * along
+            gradients = [(dx - level if center else dx) * slope]
+            if "gamma" in given:
+                gradients.append(ops.sum(along, (0, 1)) * n)
+            if "beta" in given:
+                gradients.append(ops.sum(level, (0, 1)) * n)
+            return tuple(gradients)
+
+        return y, backward
+
+    return backend.custom_gradient(kernel)(x, *affine.values())
+
+
+def lengths(v: Tensor, g: Tensor) -> Tensor:
+    """Gives each column of `(rows, columns)` the length `g`: `v * g / ||v||`.
+
+    The gradient is written out: with u the column of length 1,
+    `dv = (dw - u sum(dw u)) * g / ||v||`, `dg = sum(dw u)`.
+
+    Args:
+        v: floating tensor; a column of zeros stays one.
+        g: `(columns,)`.
+    """
+
+    def kernel(v, g):
+        inverse = inverse_root(backend.mean_square(v, (0,), 1.0), 0.0)
+        slope = inverse * g
+
+        def backward(dw):
+            along = backend.column_sum(dw * v) * inverse
+            return dw * slope - v * (along * inverse * slope), ops.sum(along, 0)
+
+        return v * slope, backward
+
+    return backend.custom_gradient(kernel)(v, g)
+
+
 def columns(
     x: Tensor,
     epsilon: float,

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, numerics, standardize
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Adoption, Case, Fidelity, Reason, Refusal, declare
 from kerasnorm.normalization import Normalization
@@ -85,7 +85,11 @@ class FilterResponseNormalization(Normalization):
         return None, numerics.inverse_root(square, epsilon)
 
     def normalize(self, x, mask, training):
-        y = super().normalize(x, mask, training)
+        if mask is None and self.learned_epsilon is None:
+            affine = self.affine(x.dtype)
+            y = standardize.samples(x, self.epsilon, *affine, center=False)
+        else:
+            y = super().normalize(x, mask, training)
         return y if self.tau is None else ops.maximum(y, ops.cast(self.tau, x.dtype))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, numerics, standardize
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers import group
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
@@ -47,6 +47,11 @@ class InstanceNormalization(Normalization):
                 fix="Use LayerNormalization on vectors.",
             )
         super().build(input_shape)
+
+    def normalize(self, x, mask, training):
+        if mask is not None:
+            return super().normalize(x, mask, training)
+        return standardize.samples(x, self.epsilon, *self.affine(x.dtype))
 
     def statistics(self, x, mask, training):
         mean, variance = numerics.moments(x, (1,), mask)

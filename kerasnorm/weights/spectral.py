@@ -28,11 +28,13 @@ class SpectralNormalization(Reparametrized):
 
     One power iteration in each training step follows `u` (a state, saved); inference
     uses it as it is. The kernel itself is never overwritten, and gradients go through
-    `sigma`, the iteration included. `v` is seen as `(fan_in, filters)`, which for a
-    convolution bounds, but is not, the norm of the operator; `norm="convolution"` takes
-    that of the convolution itself, on the size of input it was built with.
+    `sigma`, with `u` a constant, as in the paper. `v` is seen as `(fan_in, filters)`,
+    which for a convolution bounds, but is not, the norm of the operator;
+    `norm="convolution"` takes that of the convolution itself, on the size of input it
+    was built with.
 
-    Keras's layer of this name writes `v / sigma` into the kernel in each step.
+    Keras's layer of this name writes `v / sigma` into the kernel in each step, has no
+    gradient through `sigma`, and does nothing at inference: it takes less time.
 
     Paper: Miyato et al., 2018, https://arxiv.org/abs/1802.05957; of the convolution:
     Sedghi, Gupta and Long, 2019, https://arxiv.org/abs/1805.10408
@@ -54,6 +56,8 @@ class SpectralNormalization(Reparametrized):
     """
 
     preserving: ClassVar = {"scale": True}
+    # In training `u` follows from `v`, and counts as a constant.
+    surrogate_gradient = True
 
     def __init__(
         self,
@@ -106,7 +110,10 @@ class SpectralNormalization(Reparametrized):
         """The operator on `u`; where `like` is given, its transpose, which gives
         something of that shape."""
         if self.norm == "matrix":
-            return ops.matmul(v, u) if like is None else ops.matmul(ops.transpose(v), u)
+            if like is None:
+                return ops.matmul(v, u)
+            # XLA would write the transposed kernel out.
+            return ops.transpose(ops.matmul(ops.transpose(u), v))
         if like is None:
             return self._convolve(v, u)
         return backend.vjp(lambda x: self._convolve(v, x), [like], u)[1][0]
@@ -172,6 +179,28 @@ def check_converges_to_the_largest_singular_value():
     np.testing.assert_array_equal(ops.convert_to_numpy(layer.v), before)
 
 
+def check_gradient_of_the_paper():
+    with backend.double_precision():
+        dense = keras.layers.Dense(4, use_bias=False, dtype="float64")
+        layer = SpectralNormalization(dense, dtype="float64")
+        layer.build((None, 6))
+        rng = np.random.default_rng(0)
+        x, dy = rng.normal(size=(5, 6)), rng.normal(size=(5, 4))
+        v, u = (ops.convert_to_numpy(a) for a in (layer.v, layer.u))
+        others = [a.value for a in layer.non_trainable_variables]
+
+        def call(v):
+            return layer.stateless_call([v], others, x, training=True)[0]
+
+        _, (dv,) = backend.vjp(call, [v], ops.convert_to_tensor(dy))
+        u = v.T @ v @ u
+        u /= np.linalg.norm(u)
+        sigma = np.linalg.norm(v @ u)
+        dw = x.T @ dy
+        expected = (dw - np.sum(dw * v / sigma) * (v @ u / sigma) @ u.T) / sigma
+        np.testing.assert_allclose(ops.convert_to_numpy(dv), expected, rtol=1e-9)
+
+
 def check_norm_of_a_convolution():
     for conv in (
         keras.layers.Conv2D(2, 3, padding="same", use_bias=False),
@@ -209,6 +238,7 @@ declare(
     undecided=UNDECIDED,
     checks=(
         check_converges_to_the_largest_singular_value,
+        check_gradient_of_the_paper,
         check_norm_of_a_convolution,
     ),
 )

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import numerics
+from kerasnorm import numerics, standardize
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import declare
 from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
@@ -45,8 +45,7 @@ class WeightNormalization(Reparametrized):
     """
 
     def kernel(self, v, g):
-        square = ops.sum(ops.square(v), 0, keepdims=True)
-        return v * (g * numerics.inverse_root(square, 0.0))
+        return standardize.lengths(v, g)
 
     def initial(self, v):
         return {"g": ops.sqrt(ops.sum(ops.square(v), 0))}

@@ -115,11 +115,14 @@ def on_jax(layer, x, dy):
     """Forward, and forward and backward, of a Keras layer in training mode."""
     layer.build(x.shape)
     weights = [v.value for v in layer.trainable_variables]
-    others = [v.value for v in layer.non_trainable_variables]
     kwargs = {"training": True} if layer._call_has_training_arg else {}
 
     def call(x, *weights):
-        return layer.stateless_call(list(weights), others, x, **kwargs)
+        # Not `stateless_call`, which does not cast the weights as a call does.
+        held = zip(layer.trainable_variables, weights, strict=True)
+        with keras.StatelessScope(held) as scope:
+            y = layer(x, **kwargs)
+        return y, [scope.get_current_value(v) for v in layer.non_trainable_variables]
 
     def both(x, dy, *weights):
         y, pull, moved = jax.vjp(call, x, *weights, has_aux=True)

@@ -53,11 +53,21 @@ def cifar10_pixels():
         ]
 
 
-def cifar10():
-    """The same, standardized per channel."""
+def cifar10(each=False):
+    """The same, standardized per channel, or `each` image by its own mean and standard
+    deviation, as `tf.image.per_image_standardization` does."""
+    if each:
+        return [(standardized(x), y) for x, y in cifar10_pixels()]
     mean = np.array([125.3, 123.0, 113.9], "float32")
     scale = np.array([63.0, 62.1, 66.7], "float32")
     return [((x - mean) / scale, y) for x, y in cifar10_pixels()]
+
+
+def standardized(x):
+    axes = tuple(range(1, x.ndim))
+    least = 1 / np.sqrt(x[0].size)
+    deviation = np.maximum(x.std(axes, keepdims=True), least)
+    return (x - x.mean(axes, keepdims=True)) / deviation
 
 
 def resnet(depth=14, widths=(16, 32, 64), classes=10, shape=(32, 32, 3)):
@@ -113,13 +123,14 @@ class Augmented(keras.utils.PyDataset):
         self.order = self.rng.permutation(len(self.y))
 
 
-def trained_resnet(depth=14, epochs=10, widths=(16, 32, 64), verbose=2):
+def trained_resnet(depth=14, epochs=10, widths=(16, 32, 64), each=False, verbose=2):
     """The benchmark's model, trained on first use (about half an hour on 2 cores)."""
     wide = "" if widths == (16, 32, 64) else f"_{widths[0]}wide"
-    path = CACHE / f"resnet{depth}{wide}_{epochs}epochs.keras"
+    way = "_each" if each else ""
+    path = CACHE / f"resnet{depth}{wide}{way}_{epochs}epochs.keras"
     if not path.exists():
         keras.utils.set_random_seed(0)
-        (x, y), test = cifar10()
+        (x, y), test = cifar10(each)
         model = resnet(depth, widths)
         data = Augmented(x, y)
         steps = epochs * len(data)

@@ -1,12 +1,13 @@
 """How much of a trained model's accuracy each fit keeps, and at what cost.
 
-    python tests/benchmarks/fidelity.py [--network wide] [--markdown PATH] [--quick]
+    python tests/benchmarks/fidelity.py [--network deep] [--markdown PATH] [--quick]
 
-A CIFAR-10 ResNet is trained once and cached, one of 14 layers or one of 8 that are
-twice as wide; its batch normalization is swapped by `kerasnorm.rewrite` and fitted on
-unlabelled training images. Cost is the fit's time
-over that of `predict` on the same images by the original, measured just before.
-The pixels come from a JPEG copy of CIFAR-10, so they are slightly lossy.
+A CIFAR-10 ResNet is trained once and cached: one of 8 layers on images that are
+standardized one by one (contrast) or by channel (wide), or one of 14 that are half as
+wide (deep). Its batch normalization is swapped by `kerasnorm.rewrite` and fitted on
+unlabelled training images. Cost is the fit's time over that of `predict` on the same
+images by the original, measured just before; of both, but for distillation, the least
+of three. The pixels come from a JPEG copy of CIFAR-10, so they are slightly lossy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import kerasnorm
 NETWORKS = {
     "deep": {"depth": 14, "epochs": 10},
     "wide": {"depth": 8, "epochs": 6, "widths": (32, 64, 128)},
+    "contrast": {"depth": 8, "epochs": 6, "widths": (32, 64, 128), "each": True},
 }
 SWAPS = {
     "GN": {"method": "gn"},
@@ -59,10 +61,10 @@ def forward_seconds(model, x, repeats=3):
     return min(times)
 
 
-def run(network="deep", quick=False):
+def run(network="contrast", quick=False):
     """One row per swap and fit: labels, accuracy, share kept, seconds, passes."""
     model = common.trained_resnet(**NETWORKS[network])
-    (x, _), (x_test, y_test) = common.cifar10()
+    (x, _), (x_test, y_test) = common.cifar10(NETWORKS[network].get("each", False))
     original = common.accuracy(model, x_test, y_test)
     rows = []
     for swap, arguments in SWAPS.items():
@@ -71,16 +73,20 @@ def run(network="deep", quick=False):
                 continue
             data = x[:images] if images else None
             once = forward_seconds(model, data) if images else 0.0
-            new, report = kerasnorm.rewrite(
-                model,
-                data=data,
-                fit=method,
-                fit_options={"samples": min(images, 2048)} if images else None,
-                return_report=True,
-                **arguments,
-            )
+            seconds = 0.0
+            for _ in range(3 if fit in LIMITS else 1):
+                new, report = kerasnorm.rewrite(
+                    model,
+                    data=data,
+                    fit=method,
+                    fit_options={"samples": min(images, 2048)} if images else None,
+                    return_report=True,
+                    **arguments,
+                )
+                if report.fit:
+                    spent = report.fit.seconds
+                    seconds = min(seconds or spent, spent)
             kept = 100 * common.accuracy(new, x_test, y_test) / original
-            seconds = report.fit.seconds if report.fit else 0.0
             passes = seconds / once if once else 0.0
             rows.append(
                 (swap, fit, images, kept * original / 100, kept, seconds, passes)
@@ -119,7 +125,7 @@ def verdicts(rows):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="deep", choices=NETWORKS)
+    parser.add_argument("--network", default="contrast", choices=NETWORKS)
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--quick", action="store_true", help="leave out distillation")
     options = parser.parse_args()

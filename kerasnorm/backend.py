@@ -186,8 +186,13 @@ def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
 
     Over many positions of `(batch, positions, channels)` TensorFlow's own reduction
     takes up to 1.7 times as long on a CPU as a matrix product; over few it is faster.
+    Over the batch alone JAX's takes ten times as long.
     """
     axes = tuple(axes)
+    if axes == (0,) and keras.backend.backend() == "jax" and on_cpu():
+        rows = ops.reshape(x, (x.shape[0], -1))
+        total = ops.matmul(ops.ones((1, x.shape[0]), x.dtype), rows)
+        return ops.reshape(total, (1, *x.shape[1:])) / n
     few = axes == (1,) and (x.shape[1] or SHORT) < SHORT
     if len(x.shape) != 3 or axes not in ((1,), (0, 1)) or few or not _plain_cpu():
         return ops.sum(x, axes, keepdims=True) / n

@@ -53,7 +53,7 @@ REPEATS = 7
 
 KERAS = {
     "batch": layers.BatchNormalization,
-    "sync": lambda **k: layers.BatchNormalization(synchronized=True, **k),
+    "sync": layers.BatchNormalization,  # `synchronized` is for TensorFlow alone
     "group": layers.GroupNormalization,
     "layer": layers.LayerNormalization,
     "instance": functools.partial(layers.GroupNormalization, groups=-1),

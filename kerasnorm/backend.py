@@ -176,7 +176,7 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def row_mean_square(x: Tensor) -> Tensor:
     """Mean over the last axis of `(rows, columns)` of `x**2`."""
-    if on_cpu() and _under_tensorflow_xla() and SHORT <= x.shape[-1] < LONG:
+    if on_cpu() and _under_tensorflow_xla():
         return row_mean(ops.square(x))
     return mean_square(x, (1,), float(x.shape[-1]))
 
@@ -190,8 +190,7 @@ def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
     """
     axes = tuple(axes)
     if axes == (0,) and keras.backend.backend() == "jax" and on_cpu():
-        rows = ops.reshape(x, (x.shape[0], -1))
-        total = ops.matmul(ops.ones((1, x.shape[0]), x.dtype), rows)
+        total = column_sum(ops.reshape(x, (x.shape[0], -1)))
         return ops.reshape(total, (1, *x.shape[1:])) / n
     few = axes == (1,) and (x.shape[1] or SHORT) < SHORT
     if len(x.shape) != 3 or axes not in ((1,), (0, 1)) or few or not _plain_cpu():
@@ -218,7 +217,7 @@ def column_sum(x: Tensor, weights: Tensor | None = None) -> Tensor:
 def multiply_add(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """`x * slope + offset` of `(batch, positions, channels)` and two `(channels,)`, in
     one pass where there is a kernel for it: in TensorFlow's plain graph on a CPU."""
-    # On a few vectors most of the time is that of calling the kernel.
+    # On few vectors, or an unknown number, most of the time is that of calling it.
     few = x.shape[1] == 1 and (x.shape[0] or 0) * x.shape[2] < 2**18
     if few or not _plain_cpu() or x.dtype != "float32":
         return x * slope + offset

@@ -30,10 +30,7 @@ def statistics_dtype(dtype: str) -> str:
 
 def inverse_root(variance: Tensor, epsilon: float | Tensor) -> Tensor:
     """`1 / sqrt(variance + epsilon)`: the one place where epsilon is added."""
-    shifted = variance + epsilon
-    if not (isinstance(epsilon, float) and epsilon >= TINY):
-        shifted = ops.maximum(shifted, TINY)
-    return ops.rsqrt(shifted)
+    return ops.rsqrt(ops.maximum(variance + epsilon, TINY))
 
 
 def moments(

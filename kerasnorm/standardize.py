@@ -6,6 +6,7 @@ together from the moments in `numerics`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
@@ -38,42 +39,35 @@ def rows(
         gain: `(1,)`, multiplies all; cheaper than a gamma of equal numbers.
     """
     shape, width = ops.shape(x), x.shape[-1]
-    affine = {"gamma": gamma, "beta": beta, "gain": gain}
-    affine = {name: v for name, v in affine.items() if v is not None}
 
-    def kernel(x, *values):
-        given = dict(zip(affine, values, strict=True))
-        scale, unit = given.get("gamma"), given.get("gain")
+    def kernel(x, gamma=None, beta=None, gain=None):
         d = x - backend.row_mean(x) if center else x
         inverse = inverse_root(backend.row_mean_square(d), epsilon)
-        slope = inverse if unit is None else inverse * unit
+        slope = inverse if gain is None else inverse * gain
         y = d * slope
-        if scale is not None:
-            y = y * scale
-        if "beta" in given:
-            y = y + given["beta"]
+        y = y if gamma is None else y * gamma
+        y = y if beta is None else y + beta
 
         def backward(dy):
             # The normalized row is not kept: its factor is one number a row.
             along = dy * d
-            inner = backend.row_mean(along, scale)
-            dx = dy if scale is None else dy * scale
+            inner = backend.row_mean(along, gamma)
+            dx = dy if gamma is None else dy * gamma
             if center:
-                dx = dx - backend.row_mean(dy, scale)
+                dx = dx - backend.row_mean(dy, gamma)
             gradients = [(dx - d * (inner * ops.square(inverse))) * slope]
-            if scale is not None:
+            if gamma is not None:
                 gradients.append(backend.column_sum(along, slope))
-            if "beta" in given:
+            if beta is not None:
                 gradients.append(backend.column_sum(dy))
-            if unit is not None:
+            if gain is not None:
                 gradients.append(ops.sum(inner * inverse, 0) * width)
             return tuple(gradients)
 
         return y, backward
 
     flat = ops.reshape(x, (-1, width))
-    values = affine.values()
-    return ops.reshape(backend.custom_gradient(kernel)(flat, *values), shape)
+    return ops.reshape(_apply(kernel, flat, gamma=gamma, beta=beta, gain=gain), shape)
 
 
 def samples(
@@ -94,18 +88,14 @@ def samples(
         gamma, beta: `(channels,)`.
         center: False divides by the root mean square.
     """
-    affine = {"gamma": gamma, "beta": beta}
-    affine = {name: v for name, v in affine.items() if v is not None}
 
-    def kernel(x, *values):
-        given = dict(zip(affine, values, strict=True))
+    def kernel(x, gamma=None, beta=None):
         n = elements(x, (1,))
         d = x - backend.mean(x, (1,), n) if center else x
         inverse = inverse_root(backend.mean_square(d, (1,), n), epsilon)
-        slope = inverse * given["gamma"] if "gamma" in given else inverse
+        slope = inverse if gamma is None else inverse * gamma
         y = d * slope
-        if "beta" in given:
-            y = y + given["beta"]
+        y = y if beta is None else y + beta
 
         def backward(dy):
             unit = d * inverse
@@ -113,15 +103,25 @@ def samples(
             level = backend.mean(dy, (1,), n)
             dx = dy - unit * along
             gradients = [(dx - level if center else dx) * slope]
-            if "gamma" in given:
+            if gamma is not None:
                 gradients.append(ops.sum(along, (0, 1)) * n)
-            if "beta" in given:
+            if beta is not None:
                 gradients.append(ops.sum(level, (0, 1)) * n)
             return tuple(gradients)
 
         return y, backward
 
-    return backend.custom_gradient(kernel)(x, *affine.values())
+    return _apply(kernel, x, gamma=gamma, beta=beta)
+
+
+def _apply(kernel: Callable, x: Tensor, **parameters: Tensor | None) -> Tensor:
+    """`kernel(x, **parameters)` with its gradient, which is of those that are given."""
+    given = {name: v for name, v in parameters.items() if v is not None}
+
+    def of_given(x, *values):
+        return kernel(x, **dict(zip(given, values, strict=True)))
+
+    return backend.custom_gradient(of_given)(x, *given.values())
 
 
 def lengths(v: Tensor, g: Tensor) -> Tensor:

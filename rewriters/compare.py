@@ -62,14 +62,15 @@ def compare(
             got=[y.shape for y in theirs],
             expected=f"{[y.shape for y in ours]}",
         )
+    gaps = _gaps(ours, theirs)
     classes = [
         np.mean(a.argmax(-1) == b.argmax(-1))
         for a, b in zip(ours, theirs, strict=True)
         if a.ndim and a.shape[-1] > 1
     ]
     return Comparison(
-        max_abs=max(gap for gap, _ in _gaps(ours, theirs)),
-        relative=relative(ours, theirs),
+        max_abs=max(gap for gap, _ in gaps),
+        relative=_relative(gaps),
         agreement=float(np.mean(classes)) if classes else None,
         finite=all(np.isfinite(y).all() for y in (*ours, *theirs)),
         samples=len(tree.flatten(x)[0]),
@@ -112,7 +113,11 @@ def nudged(x: Any, seed: int = 0) -> Any:
 
 def relative(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     """Difference of two lists of outputs, as in `Comparison`; NaN where one has NaN."""
-    return float(np.max([gap / max(1.0, size) for gap, size in _gaps(ours, theirs)]))
+    return _relative(_gaps(ours, theirs))
+
+
+def _relative(gaps: Sequence[tuple[float, float]]) -> float:
+    return float(np.max([gap / max(1.0, size) for gap, size in gaps]))
 
 
 def _gaps(ours: Sequence[Any], theirs: Sequence[Any]) -> list[tuple[float, float]]:

@@ -52,9 +52,13 @@ def compare(
         seed: of the random inputs.
 
     Raises:
-        RewriteError: the outputs differ in number or shape.
+        RewriteError: there are no samples, or the outputs differ in number or shape.
     """
     x = random_inputs(first, samples, seed) if x is None else x
+    if not len(tree.flatten(x)[0]):
+        raise RewriteError(
+            "nothing to compare two models on", got="0 samples", expected="at least one"
+        )
     ours, theirs = outputs(first, x), outputs(second, x)
     if [y.shape for y in ours] != [y.shape for y in theirs]:
         raise RewriteError(

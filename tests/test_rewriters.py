@@ -227,3 +227,10 @@ def test_compare_reports_differences():
         rewriters.compare(
             model, zoo.ZOO["plain_functional"]().layers[-2], np.ones((2, 8, 8, 3))
         )
+
+
+def test_compare_needs_samples():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    for x in ({"samples": 0}, {"x": np.zeros((0, 3))}):
+        with pytest.raises(rewriters.RewriteError, match="0 samples"):
+            rewriters.compare(model, model, **x)

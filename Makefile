@@ -36,7 +36,7 @@ test: $(READY)  ## the tests, on TensorFlow
 
 # Compiling every operation of every shape makes JAX slow to test; these are what
 # differs between backends. `make test-jax JAX_TESTS=tests` runs everything.
-JAX_TESTS ?= tests/test_rewriters.py tests/test_methods.py tests/test_formats.py
+JAX_TESTS ?= $(addprefix tests/test_, rewriters.py methods.py formats.py accelerators.py)
 
 test-jax: $(READY)  ## the tests that depend on the backend, on JAX
 	KERAS_BACKEND=jax $(PYTEST) $(JAX_TESTS)

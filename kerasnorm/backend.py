@@ -158,6 +158,37 @@ def on_cpu() -> bool:
     return False
 
 
+def reads_once() -> bool:
+    """Whether to take mean and variance from one reading of the input: under XLA on an
+    accelerator, where reading is what takes the time. A CPU finds the input in its
+    cache the second time, and a plain graph writes out what it computes on the way."""
+    return not on_cpu() and _under_xla()
+
+
+def apart(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same tensors, which XLA on an accelerator computes before what uses them.
+
+    For small ones that it would compute anew for each element of a large one, and for
+    what a backward pass reads: otherwise forward pass, gradients and sums share large
+    intermediates, which are written out for it.
+    """
+    if keras.backend.backend() != "jax" or on_cpu():
+        return tensors
+    import jax
+
+    return jax.lax.optimization_barrier(tensors)
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in the full precision of its inputs, which accelerators round to TF32 or
+    bfloat16 otherwise; on JAX, TensorFlow has one switch for all."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.numpy.matmul(a, b, precision="highest")
+    return ops.matmul(a, b)
+
+
 def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over the last axis of `(rows, columns)`, of `x * weights` where given.
 

@@ -18,6 +18,9 @@ from kerasnorm import backend, replicas
 
 Tensor = Any
 
+# The share of the elements that a first guess of a mean is made of, one in so many.
+STRIDE = 16
+
 # Keeps the root finite where a caller sets epsilon to 0 and the variance is 0; far
 # below any epsilon in use, and a normal number in float32.
 TINY = 1e-30
@@ -41,9 +44,8 @@ def moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `axes`, which are kept with size 1.
 
-    Two passes: E[x**2] - E[x]**2 loses all digits once the mean is large beside the
-    standard deviation. The gradient is written out, as it needs neither the centred
-    input nor broadcast intermediates.
+    The gradient is written out, as it needs neither the centred input nor broadcast
+    intermediates.
 
     Args:
         x: floating tensor.
@@ -65,8 +67,7 @@ def moments(
         return ops.zeros_like(square), square
 
     def kernel(x):
-        mean = backend.mean(x, axes, n)
-        variance = backend.mean(backend.squared_difference(x, mean), axes, n)
+        mean, variance = mean_variance(x, axes, n)
 
         def backward(dm, dv):
             slope = dv * 2 / n
@@ -75,6 +76,29 @@ def moments(
         return (mean, variance), backward
 
     return backend.custom_gradient(kernel)(x)
+
+
+def mean_variance(
+    x: Tensor, axes: Sequence[int], n: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """`moments` of all `n` elements along `axes`, without a gradient.
+
+    E[x**2] - E[x]**2 loses all digits once the mean is large beside the standard
+    deviation. So the input is read twice, or, where reading is what takes the time,
+    once, about the mean c of one element in 16: `var = E[(x - c)**2] - (mean - c)**2`.
+    A sixteenth that lies at c, away from the mean of all, makes a variance by itself:
+    `(mean - c)**2 <= 15 var`, so the difference costs four bits at most.
+    """
+    if not backend.reads_once() or len(x.shape) - 1 in axes:
+        # Rows stay in registers between two passes, and are best left to XLA.
+        mean = backend.mean(x, axes, n)
+        return mean, backend.mean(backend.squared_difference(x, mean), axes, n)
+    longest = max(axes, key=lambda a: x.shape[a] or math.inf)
+    some = x[(slice(None),) * longest + (slice(None, None, STRIDE),)]
+    center = ops.mean(some, axes, keepdims=True)
+    d = x - center
+    off, square = (ops.sum(v, axes, keepdims=True) / n for v in (d, ops.square(d)))
+    return center + off, ops.maximum(square - ops.square(off), 0)
 
 
 def _counted_moments(x, axes, mask, center):
@@ -210,6 +234,9 @@ def scale_shift(
         offset = -mean * slope if beta is None else beta - mean * slope
     if offset is not None and slope.shape == offset.shape == x.shape[-1:]:
         return backend.multiply_add(x, slope, offset)
+    small = slope.shape[1:2] != x.shape[1:2] and slope.shape[-1] != 1
+    if small and offset is not None:
+        slope, offset = backend.apart(slope, offset)
     y = x * slope
     return y if offset is None else y + offset
 
@@ -324,7 +351,7 @@ def covariance(
         n = ops.cast(elements(x, (0, 1)), x.dtype)
     columns = ops.reshape(centred, (-1, x.shape[-1] // size, size))
     columns = ops.transpose(columns, (1, 2, 0))
-    products = ops.matmul(columns, ops.transpose(columns, (0, 2, 1)))
+    products = backend.exact_matmul(columns, ops.transpose(columns, (0, 2, 1)))
     n, products = replicas.totals((0, 1), n, products)
     return mean, centred, products / ops.maximum(n, 1)
 

@@ -12,7 +12,13 @@ from typing import Any
 from keras import ops
 
 from kerasnorm import backend
-from kerasnorm.numerics import elements, inverse_root
+from kerasnorm.numerics import (
+    elements,
+    inverse_root,
+    mean_variance,
+    moments,
+    scale_shift,
+)
 
 
 Tensor = Any
@@ -41,10 +47,14 @@ def rows(
     shape, width = ops.shape(x), x.shape[-1]
 
     def kernel(x, gamma=None, beta=None, gain=None):
-        d = x - backend.row_mean(x) if center else x
+        mean = backend.row_mean(x) if center else None
+        d = x if mean is None else x - mean
         inverse = inverse_root(backend.row_mean_square(d), epsilon)
         slope = inverse if gain is None else inverse * gain
-        y = d * slope
+        if backend.reads_once() and gain is not None:
+            y = d * inverse * gain  # XLA's kernel for rows is slower with the product
+        else:
+            y = d * slope
         y = y if gamma is None else y * gamma
         y = y if beta is None else y + beta
 
@@ -57,7 +67,12 @@ def rows(
                 dx = dx - backend.row_mean(dy, gamma)
             gradients = [(dx - d * (inner * ops.square(inverse))) * slope]
             if gamma is not None:
-                gradients.append(backend.column_sum(along, slope))
+                if mean is not None and backend.reads_once():
+                    # For the sums alone, or all that they share is written out.
+                    own_mean, own_slope = backend.apart(mean, slope)
+                    gradients.append(backend.column_sum(dy * (x - own_mean), own_slope))
+                else:
+                    gradients.append(backend.column_sum(along, slope))
             if beta is not None:
                 gradients.append(backend.column_sum(dy))
             if gain is not None:
@@ -67,7 +82,9 @@ def rows(
         return y, backward
 
     flat = ops.reshape(x, (-1, width))
-    return ops.reshape(_apply(kernel, flat, gamma=gamma, beta=beta, gain=gain), shape)
+    return ops.reshape(
+        with_gradient(kernel, flat, gamma=gamma, beta=beta, gain=gain), shape
+    )
 
 
 def samples(
@@ -91,8 +108,13 @@ def samples(
 
     def kernel(x, gamma=None, beta=None):
         n = elements(x, (1,))
-        d = x - backend.mean(x, (1,), n) if center else x
-        inverse = inverse_root(backend.mean_square(d, (1,), n), epsilon)
+        if center and backend.reads_once():
+            mean, variance = mean_variance(x, (1,), n)
+            d = x - mean
+        else:
+            d = x - backend.mean(x, (1,), n) if center else x
+            variance = backend.mean_square(d, (1,), n)
+        inverse = inverse_root(variance, epsilon)
         slope = inverse if gamma is None else inverse * gamma
         y = d * slope
         y = y if beta is None else y + beta
@@ -111,10 +133,10 @@ def samples(
 
         return y, backward
 
-    return _apply(kernel, x, gamma=gamma, beta=beta)
+    return with_gradient(kernel, x, gamma=gamma, beta=beta)
 
 
-def _apply(kernel: Callable, x: Tensor, **parameters: Tensor | None) -> Tensor:
+def with_gradient(kernel: Callable, x: Tensor, **parameters: Tensor | None) -> Tensor:
     """`kernel(x, **parameters)` with its gradient, which is of those that are given."""
     given = {name: v for name, v in parameters.items() if v is not None}
 
@@ -168,6 +190,11 @@ def columns(
         The output, and the mean and the biased variance, `(channels,)`.
     """
     channels = x.shape[-1]
+    if backend.reads_once():
+        # What follows needs the rows to be many and flat, which is slower there.
+        mean, variance = moments(x, (0, 1))
+        y = scale_shift(x, mean, inverse_root(variance, epsilon), gamma, beta)
+        return y, mean[0, 0], variance[0, 0]
     gamma = ops.ones((channels,), x.dtype) if gamma is None else gamma
     beta = ops.zeros((channels,), x.dtype) if beta is None else beta
     fused = backend.fused_batch_normalization(x, gamma, beta, epsilon)

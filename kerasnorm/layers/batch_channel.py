@@ -66,9 +66,10 @@ class BatchChannelNormalization(BatchNormalization):
         of_layer = (1 - a) * numerics.inverse_root(layer[1], self.epsilon)
         # Two standardizations of one input are one scale and one shift of it.
         slope = of_batch + of_layer
-        y = (x - batch[0]) * slope + (batch[0] - layer[0]) * of_layer
-        y = y if gamma is None else y * gamma
-        return y if beta is None else y + beta
+        shift = (batch[0] - layer[0]) * of_layer
+        shift = shift if gamma is None else shift * gamma
+        shift = shift if beta is None else shift + beta
+        return numerics.scale_shift(x, batch[0], slope, gamma, shift)
 
 
 @oracles.flat

@@ -10,6 +10,7 @@ from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers import group
 from kerasnorm.layers.batch import BatchNormalization
+from kerasnorm.layers.switchable import parts
 from kerasnorm.method import Case, Reason, Refusal, declare
 
 
@@ -84,25 +85,40 @@ class BatchThenGroupNormalization(BatchNormalization):
         return self.estimate
 
     def normalize(self, x, mask, training):
-        training = training and self.trainable
-        if self.estimate and training:
-            moving = self.moving(x.dtype)
-            mean, variance = numerics.moments(ops.stop_gradient(x), (0, 1), mask)
-            # About the old moving mean, as it is the estimate that will be used.
-            variance = variance[0, 0] + ops.square(mean[0, 0] - moving[0])
-            self._update(moving, mean[0, 0], variance, numerics.seen(mask, x.dtype))
-            training = False
-        z = ops.reshape(super().normalize(x, mask, training), ops.shape(x))
-        mean, variance = numerics.moments(z, (1,), mask)
-        weight = numerics.count(mask, (1,))
-        mean, variance = numerics.pool_groups(mean, variance, self.groups, weight)
+        # All follows from the moments of each channel of each sample: those of the
+        # batch, and those of z, which is x scaled and shifted by channel.
+        instance, _, count = parts(x, mask)
+        mean, variance = self._of_batch(x, instance, count, mask, training)
+        slope, beta = self.affine(x.dtype)
         inverse = numerics.inverse_root(variance, self.epsilon)
+        slope = inverse if slope is None else slope * inverse
+        beta = 0.0 if beta is None else beta
+        level, spread = numerics.pool_groups(
+            (instance[0] - mean) * slope + beta,
+            instance[1] * ops.square(slope),
+            self.groups,
+            numerics.count(mask, (1,)),
+        )
         size = x.shape[-1] // self.groups
-        gamma, beta = (
+        gamma, shift = (
             ops.repeat(ops.cast(v, x.dtype), size)
             for v in (self.group_gamma, self.group_beta)
         )
-        return numerics.scale_shift(z, mean, inverse, gamma, beta)
+        factor = gamma * numerics.inverse_root(spread, self.epsilon)
+        shift = shift + (beta - level) * factor
+        return numerics.scale_shift(x, mean, slope * factor, beta=shift)
+
+    def _of_batch(self, x, instance, count, mask, training):
+        """Moments for the batch normalization; moves the moving ones in training."""
+        if not (self.estimate and training and self.trainable):
+            return self.pooled(instance, count, mask, training)
+        moving = self.moving(x.dtype)
+        instance = map(ops.stop_gradient, instance)
+        mean, variance = numerics.pool(*instance, (0,), count)
+        # About the old moving mean, as it is the estimate that will be used.
+        variance = variance[0, 0] + ops.square(mean[0, 0] - moving[0])
+        self._update(moving, mean[0, 0], variance, numerics.seen(mask, x.dtype))
+        return self.moving(x.dtype)
 
 
 @oracles.flat

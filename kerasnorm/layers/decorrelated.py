@@ -95,8 +95,10 @@ class DecorrelatedBatchNormalization(BatchStatistics):
             old = ops.cast(self.moving_covariance, x.dtype)
             moving = ops.stop_gradient(old + (sigma - old) * rate)
             self.moving_covariance.assign(moving)
-            self.moving_whitening.assign(ops.stop_gradient(self.whitening(moving)))
-            matrix = self.whitening(sigma)
+            groups = sigma.shape[0]
+            both = self.whitening(ops.concatenate([sigma, moving]))
+            matrix = both[:groups]
+            self.moving_whitening.assign(ops.stop_gradient(both[groups:]))
         else:
             centred = x - ops.cast(self.moving_mean, x.dtype)
             matrix = ops.cast(self.moving_whitening, x.dtype)

@@ -119,33 +119,48 @@ class DivisiveNormalization(Smoothed):
         )
         rank = len(x.shape)
         spatial = rank > 3 if self.spatial is None else self.spatial
-        axes = range(1, rank - 1) if spatial else (rank - 1,)
+        valid = 1.0
         if mask is not None:
             x = ops.where(mask, x, ops.zeros_like(x))
-            valid = ops.broadcast_to(mask, ops.shape(x))
-        else:
-            valid = ops.ones_like(x[:1])
-        valid = ops.cast(valid, x.dtype)
-        count = ops.maximum(self._pool(valid, axes, spatial), numerics.TINY)
-
-        def mean(v):
-            return self._pool(v * valid, axes, spatial) / count
-
-        # A common shift changes nothing but the rounding.
-        centre = ops.stop_gradient(ops.mean(x, axis=range(1, rank), keepdims=True))
-        v = (x - centre) * valid
-        v = (v - mean(v)) * valid
+            valid = ops.cast(mask, x.dtype)
+        v, variance = (self._of_positions if spatial else self._of_units)(x, valid)
         self.penalize(v, mask, training)
-        inverse = self.inverse(mean(ops.square(v)))
+        inverse = self.inverse(variance)
         y = numerics.scale_shift(v, None, inverse, *self.affine(x.dtype))
         return ops.cast(back(y), self.compute_dtype)
 
-    def _pool(self, v, axes, spatial):
-        if spatial:
-            v = ops.mean(v, axis=-1, keepdims=True)
-        for axis in axes:
-            v = numerics.window_sum(v, self.window, axis)
-        return v
+    def _of_positions(self, x, valid):
+        """Centred input, and variance of the window around each position."""
+        # All follows from the moments of each position, one number for its channels.
+        mask = None if isinstance(valid, float) else valid > 0
+        mean, variance = numerics.moments(x, (-1,), mask)
+        axes = range(1, len(x.shape) - 1)
+        centre = ops.stop_gradient(ops.mean(mean, axes, keepdims=True))
+        mean = mean - centre
+        share = ops.mean(valid * ops.ones_like(x[:1]), -1, keepdims=True)
+        average = self._average(share, axes)
+        around = average(mean)
+        v = (x - centre - around) * valid
+        return v, average(variance + ops.square(mean - around))
+
+    def _of_units(self, x, valid):
+        """The same along the channels."""
+        average = self._average(valid * ops.ones_like(x[:1]), (-1,))
+        centre = ops.mean(x, axis=range(1, len(x.shape)), keepdims=True)
+        v = (x - ops.stop_gradient(centre)) * valid
+        v = (v - average(v)) * valid
+        return v, average(ops.square(v))
+
+    def _average(self, weight, axes):
+        """Function that averages over the window along axes, weighted."""
+
+        def total(v):
+            for axis in axes:
+                v = numerics.window_sum(v, self.window, axis)
+            return v
+
+        count = ops.maximum(total(weight), numerics.TINY)
+        return lambda v: total(v * weight) / count
 
 
 def oracle(x, weights, config, training, mask):

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics
+from kerasnorm import adoption, backend, moving_statistics, standardize
 from kerasnorm.method import Case, declare
 from kerasnorm.normalization import Normalization
 
@@ -51,10 +51,32 @@ class DynamicTanh(Normalization):
         self.slope = self.channel_weight("alpha", (), initializer=start)
 
     def normalize(self, x, mask, training):
-        y = ops.tanh(x * ops.cast(self.slope, x.dtype))
+        def kernel(x, alpha, gamma=None, beta=None):
+            y = ops.tanh(x * alpha)
+            y = y if gamma is None else y * gamma
+            y = y if beta is None else y + beta
+
+            def backward(dy):
+                # Computed again for either rather than written out for both.
+                (own,), (summed,) = backend.apart(alpha), backend.apart(alpha)
+                slope = dy if gamma is None else dy * gamma
+                slope = slope * (1 - ops.square(ops.tanh(x * own)))
+                again = ops.tanh(x * summed)
+                along = dy * (1 - ops.square(again)) * x
+                along = ops.sum(along, (0, 1))
+                along = along if gamma is None else along * gamma
+                gradients = [slope * alpha, ops.sum(along)]
+                if gamma is not None:
+                    gradients.append(ops.sum(dy * again, (0, 1)))
+                if beta is not None:
+                    gradients.append(ops.sum(dy, (0, 1)))
+                return tuple(gradients)
+
+            return y, backward
+
         gamma, beta = self.affine(x.dtype)
-        y = y if gamma is None else y * gamma
-        return y if beta is None else y + beta
+        alpha = ops.cast(self.slope, x.dtype)
+        return standardize.with_gradient(kernel, x, alpha=alpha, gamma=gamma, beta=beta)
 
 
 def oracle(x, weights, config, training, mask):

@@ -101,8 +101,8 @@ class ExemplarNormalization(BatchNormalization):
             if self.scale:
                 factor = factor * ops.cast(self.gammas, x.dtype)[k]
             slope, offset = slope + factor, offset + factor * (mean - batch[0])
-        y = (x - batch[0]) * slope - offset
-        return y if self.beta is None else y + ops.cast(self.beta, x.dtype)
+        beta = 0.0 if self.beta is None else ops.cast(self.beta, x.dtype)
+        return numerics.scale_shift(x, batch[0], slope, beta=beta - offset)
 
     def _gate(self, pooled, pairs, inverses):
         """Weights `(batch, k)`; `pooled` is `(batch, 1, channels)`."""

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics
+from kerasnorm import adoption, backend, moving_statistics, numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
 from kerasnorm.normalization import Normalization
@@ -62,14 +62,30 @@ class LocalResponseNormalization(Normalization):
         self.alpha = float(alpha)
         self.power = float(power)
 
-    def statistics(self, x, mask, training):
-        total = numerics.window_sum(ops.square(x), self.window, -1)
-        base = ops.maximum(self.epsilon + self.alpha * total, numerics.TINY)
-        return None, ops.power(base, -self.power)
-
     def normalize(self, x, mask, training):
-        _, inverse = self.statistics(x, mask, training)
-        return numerics.scale_shift(x, None, inverse, *self.affine(x.dtype))
+        def kernel(x):
+            total = numerics.window_sum(ops.square(x), self.window, -1)
+            base = ops.maximum(self.epsilon + self.alpha * total, numerics.TINY)
+            inverse = self._inverse(base)
+
+            def backward(dy):
+                # A window sees what sees it.
+                seen = numerics.window_sum(dy * x * inverse / base, self.window, -1)
+                return (dy * inverse - x * seen * (2 * self.alpha * self.power),)
+
+            return x * inverse, backward
+
+        y = backend.custom_gradient(kernel)(x)
+        gamma, beta = self.affine(x.dtype)
+        y = y if gamma is None else y * gamma
+        return y if beta is None else y + beta
+
+    def _inverse(self, base):
+        if self.power == 0.75:
+            # A general power takes ten times as long.
+            root = ops.rsqrt(base)
+            return root * ops.sqrt(root)
+        return ops.power(base, -self.power)
 
 
 def odd(window: int) -> int:

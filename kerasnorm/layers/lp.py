@@ -94,17 +94,14 @@ class LpBatchNormalization(BatchStatistics):
 
     def batch_statistics(self, x, mask):
         """Mean and s of the batch, `(1, 1, channels)`."""
-        mean, _ = numerics.moments(x, (0, 1), mask)
+        mean, variance = numerics.moments(x, (0, 1), mask)
         deviation = ops.abs(x - mean)
         if mask is not None:
             deviation = ops.where(mask, deviation, ops.zeros((), x.dtype))
-        # In units of the largest, whose p-th power is finite; s does not depend on it.
-        largest = ops.stop_gradient(ops.max(deviation, (0, 1), keepdims=True))
-        if replicas.together():
-            everywhere, _ = replicas.gather(largest)
-            largest = ops.max(everywhere, 0, keepdims=True)
-        flat = largest == 0
-        unit = ops.where(flat, ops.ones_like(largest), largest)
+        # In a unit whose p-th power is finite; s does not depend on it.
+        unit = ops.stop_gradient(self._unit(deviation, variance))
+        flat = unit == 0
+        unit = ops.where(flat, ops.ones_like(unit), unit)
         deviation = deviation / unit
         power = ops.power(deviation, self.p) if self.p != 1 else deviation
         average, _ = numerics.moments(power, (0, 1), mask)
@@ -112,6 +109,17 @@ class LpBatchNormalization(BatchStatistics):
         average = ops.where(flat, ops.ones_like(average), average)
         s = unit * ops.power(average / self.correction, 1 / self.p)
         return mean, ops.where(flat, ops.zeros_like(s), s)
+
+    def _unit(self, deviation, variance):
+        """The standard deviation, which is at hand: of n elements none lies further
+        than sqrt(n) of it away. For large p, where that is too far, the largest."""
+        if self.p <= 8:
+            return ops.sqrt(variance)
+        largest = ops.max(deviation, (0, 1), keepdims=True)
+        if replicas.together():
+            everywhere, _ = replicas.gather(largest)
+            largest = ops.max(everywhere, 0, keepdims=True)
+        return largest
 
     @property
     def correction(self) -> float:

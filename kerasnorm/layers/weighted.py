@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
+from kerasnorm import adoption, backend, numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers.group import nearest
 from kerasnorm.method import Case, Reason, Refusal, declare
@@ -94,31 +94,56 @@ class WeightedNormalization(Normalization):
         )
         if mask is not None:
             x = ops.where(mask, x, ops.zeros_like(x))
-        square = ops.square(x)
         size, channels = self.center_pool.shape
-        lead = ops.shape(x)[:-1]
-        groups = ops.reshape(square, (*lead, channels // size, size))
-        center = ops.reshape(
-            ops.cast(self.center_pool, x.dtype), (size, channels // size, size)
-        )
-        # Group g, member k, channel c of the group: (..., g, k) x (k, g, c).
-        pool = ops.einsum("...gk,kgc->...gc", groups, center)
-        pool = ops.reshape(pool, (*lead, channels)) + ops.cast(self.bias, x.dtype)
+        center = ops.cast(self.center_pool, x.dtype)
+        # Member k, group g, channel c of the group.
+        weights = [ops.reshape(center, (size, channels // size, size))]
         if self.surround_pool is not None:
-            pool = pool + self._around(square)
+            weights.append(ops.cast(self.surround_pool, x.dtype))
+        pool = backend.custom_gradient(self._pool)(ops.square(x), *weights)
+        pool = pool + ops.cast(self.bias, x.dtype)
         inverse = numerics.inverse_root(pool, self.epsilon)
         y = numerics.scale_shift(x, None, inverse, *self.affine(x.dtype))
         return ops.cast(back(y), self.compute_dtype)
 
-    def _around(self, square):
-        d, axes = self.dilation, len(square.shape) - 2
-        padded = ops.pad(square, [(0, 0), *[(d, d)] * axes, (0, 0)])
+    def _pool(self, square, center, surround=None):
+        """What each element is divided by the root of, and its gradients."""
+        pool = _within(square, center)
+        for k, there in enumerate([] if surround is None else self._around(square)):
+            pool = pool + surround[k] * there
+
+        def backward(d):
+            # A group sees itself, and a neighbour is seen from the other side.
+            dsquare = _within(d, ops.transpose(center, (2, 1, 0)))
+            rows = (-1, *center.shape[1:])
+            dcenter = ops.einsum(
+                "ngk,ngc->kgc", ops.reshape(square, rows), ops.reshape(d, rows)
+            )
+            if surround is None:
+                return dsquare, dcenter
+            for k, there in enumerate(reversed(self._around(d))):
+                dsquare = dsquare + surround[k] * there
+            others = range(len(d.shape) - 1)
+            dsurround = [ops.sum(d * v, others) for v in self._around(square)]
+            return dsquare, dcenter, ops.stack(dsurround)
+
+        return pool, backward
+
+    def _around(self, v):
+        """What lies around each position, one tensor for each neighbour."""
+        d, axes = self.dilation, len(v.shape) - 2
+        padded = ops.pad(v, [(0, 0), *[(d, d)] * axes, (0, 0)])
         cut = {-1: slice(None, -2 * d), 0: slice(d, -d), 1: slice(2 * d, None)}
-        weights = ops.cast(self.surround_pool, square.dtype)
-        total = 0.0
-        for k, step in enumerate(_steps(axes)):
-            total += weights[k] * padded[(slice(None), *(cut[s] for s in step))]
-        return total
+        return [padded[(slice(None), *(cut[s] for s in step))] for step in _steps(axes)]
+
+
+def _within(v, weights):
+    """Sums over the members of each group, weighted for each channel: too small a
+    matrix product to be one."""
+    size = weights.shape[0]
+    groups = ops.reshape(v, (*ops.shape(v)[:-1], -1, size))
+    total = sum(groups[..., k : k + 1] * weights[k] for k in range(size))
+    return ops.reshape(total, ops.shape(v))
 
 
 def _steps(axes: int) -> list[tuple[int, ...]]:

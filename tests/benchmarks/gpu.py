@@ -3,13 +3,15 @@
     python tests/benchmarks/gpu.py [--markdown table.md]
     python tests/benchmarks/gpu.py --only layers --methods batch group layer
 
-Layers: the bytes that must move (forward: the input read, the output written; with
-backward: those, and the input and the outputs' gradient read, the input's written) a
-second, and the time over that of a device-to-device copy of as many bytes in the same
-run: 1.0 is the floor. Then time over that of Keras's layer, of flax's and of PyTorch's,
-where they have the method and are installed (`pip install flax torch torchattacks`).
-Weight methods are timed with the convolution whose kernel they normalize, over Keras's
-convolution without.
+Layers: the bytes that must move a second, and the time over that of a device-to-device
+copy of as many bytes in the same run: 1.0 is the floor. Where an output depends on its
+own position alone, the input must be read and the output written; with backward, the
+input and the outputs' gradient read again and the input's written: 2 and 5 arrays.
+Where it depends on others, which is tried and not listed, the statistics ask for one
+more reading in each direction: 3 and 8. Then time over that of Keras's layer, of
+flax's and of PyTorch's, where they have the method and are installed
+(`pip install flax torch torchattacks`). Weight methods are timed with the convolution
+whose kernel they normalize, over Keras's convolution without.
 
 Models, on ResNet-50: a training step before and after `rewrite(.., "gn")`, the
 throughput of PGD-20 and of APGD, beside torchattacks on torchvision's ResNet-50, and
@@ -26,6 +28,7 @@ import functools
 import importlib.util
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -48,8 +51,9 @@ from kerasnorm.normalization import Normalization
 # Several times the cache: 50 MB on the largest GPUs, 32 to 100 MB on servers' CPUs.
 IMAGES = {False: (256, 56, 56, 128), True: (8, 32, 32, 64)}
 DTYPES = ("float32", "bfloat16")
-COLUMNS = ("case", "dtype", "ms", "GB/s", "copy = 1", "Keras", "flax", "PyTorch")
-REPEATS = 7
+COLUMNS = ("case", "dtype", "ms", "GB/s", "floor = 1", "Keras", "flax", "PyTorch")
+# An accelerator has no caches of the last turn to warm: short turns say the same.
+REPEATS, TURN = (7, timing.TURN) if backend.on_cpu() else (5, 2e-2)
 
 KERAS = {
     "batch": layers.BatchNormalization,
@@ -97,7 +101,7 @@ def least(sides):
     for f in live.values():
         timing.wait(f())
     times = {
-        name: timing.repeats_of(lambda f=f: timing.wait(f()))
+        name: timing.repeats_of(lambda f=f: timing.wait(f()), TURN)
         for name, f in live.items()
     }
     found = dict.fromkeys(sides)
@@ -111,61 +115,75 @@ def least(sides):
 # ------------------------------------------------------------------- layers
 
 
-def on_jax(layer, x, dy):
-    """Forward, and forward and backward, of a Keras layer in training mode."""
-    layer.build(x.shape)
-    weights = [v.value for v in layer.trainable_variables]
-    kwargs = {"training": True} if layer._call_has_training_arg else {}
+def compiled(pool, f, *inputs):
+    """A future of `f(*inputs)`, compiled: what takes the time is not Python."""
+    lowered = jax.jit(f).lower(*inputs)
+    made = pool.submit(lowered.compile)
+    return lambda: functools.partial(made.result(), *inputs)
 
-    def call(x, *weights):
+
+def steps(pool, call, x, dy, weights):
+    """Forward, and forward and backward, of `call(x, weights) -> outputs, states`."""
+
+    def both(x, dy, weights):
+        y, pull, states = jax.vjp(call, x, weights, has_aux=True)
+        return y, pull(dy.astype(y.dtype)), states
+
+    return compiled(pool, call, x, weights), compiled(pool, both, x, dy, weights)
+
+
+def training_call(layer, shape):
+    """`call(x, weights) -> outputs, states` of a Keras layer in training mode, and its
+    weights."""
+    layer.build(shape)
+    weights = [v.value for v in layer.trainable_variables]
+    mode = {"training": True} if layer._call_has_training_arg else {}
+
+    def call(x, weights):
         # Not `stateless_call`, which does not cast the weights as a call does.
         held = zip(layer.trainable_variables, weights, strict=True)
         with keras.StatelessScope(held) as scope:
-            y = layer(x, **kwargs)
+            y = layer(x, **mode)
         return y, [scope.get_current_value(v) for v in layer.non_trainable_variables]
 
-    def both(x, dy, *weights):
-        y, pull, moved = jax.vjp(call, x, *weights, has_aux=True)
-        return y, pull(dy), moved
-
-    forward, both = jax.jit(call), jax.jit(both)
-    return lambda: forward(x, *weights), lambda: both(x, dy, *weights)
+    return call, weights
 
 
-def on_flax(method, x, dy):
-    """The same of flax's layer; None, None where it has none."""
+def on_jax(pool, layer, x, dy):
+    """The steps of a Keras layer."""
+    call, weights = training_call(layer, x.shape)
+    return steps(pool, call, x, dy, weights)
+
+
+def on_flax(pool, method, x, dy):
+    """The same of flax's layer; nothing where it has none."""
     if not has("flax"):
-        return None, None
+        return ()
     from flax import linen
 
     makers = {
-        "batch": lambda: linen.BatchNorm(use_running_average=False, epsilon=1e-3),
-        "group": lambda: linen.GroupNorm(32, epsilon=1e-3),
-        "layer": lambda: linen.LayerNorm(epsilon=1e-3),
-        "instance": lambda: linen.InstanceNorm(epsilon=1e-3),
-        "rms": lambda: linen.RMSNorm(),
+        "batch": functools.partial(linen.BatchNorm, use_running_average=False),
+        "group": functools.partial(linen.GroupNorm, 32),
+        "layer": linen.LayerNorm,
+        "instance": linen.InstanceNorm,
+        "rms": linen.RMSNorm,
     }
     if method not in makers:
-        return None, None
-    layer = makers[method]()
-    variables = layer.init(jax.random.key(0), x)
+        return ()
+    layer = makers[method](dtype=x.dtype)
+    variables = jax.jit(layer.init)(jax.random.key(0), x[:1, :2, :2])
     params = variables.pop("params")
 
     def call(x, params):
         return layer.apply({"params": params, **variables}, x, mutable=["batch_stats"])
 
-    def both(x, dy, params):
-        y, pull, moved = jax.vjp(call, x, params, has_aux=True)
-        return y, pull(dy.astype(y.dtype)), moved
-
-    forward, both = jax.jit(call), jax.jit(both)
-    return lambda: forward(x, params), lambda: both(x, dy, params)
+    return steps(pool, call, x, dy, params)
 
 
 def on_torch(method, x, dy):
     """The same of PyTorch's layer, channels last in memory."""
     if not has("torch"):
-        return None, None
+        return ()
     import torch
 
     channels = x.shape[-1]
@@ -177,35 +195,28 @@ def on_torch(method, x, dy):
         "rms": lambda: torch.nn.RMSNorm(channels),
     }
     if method not in makers:
-        return None, None
+        return ()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, str(x.dtype))
     layer = makers[method]().to(device)
 
     def tensor(a):
-        t = torch.tensor(np.asarray(a, "float32"), device=device).to(dtype)
+        t = torch.from_dlpack(a)
         # By channel: (n, c, h, w), a view of the same memory.
         return t if method in ("layer", "rms") else t.permute(0, 3, 1, 2)
 
-    tx, tdy = tensor(x), tensor(dy)
-
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def forward():
         with torch.no_grad(), torch.autocast(device, dtype, dtype != torch.float32):
-            layer(tx)
-        wait()
+            return layer(tensor(x))
 
     def both():
-        leaf = tx.detach().requires_grad_()
+        leaf = tensor(x).requires_grad_()
         with torch.autocast(device, dtype, dtype != torch.float32):
             y = layer(leaf)
-        torch.autograd.grad(y, [leaf, *layer.parameters()], tdy.to(y.dtype))
-        wait()
+        upstream = tensor(dy).to(y.dtype)
+        return torch.autograd.grad(y, [leaf, *layer.parameters()], upstream)
 
-    return forward, both
+    return lambda: forward, lambda: both
 
 
 def copy_speed(x):
@@ -215,42 +226,66 @@ def copy_speed(x):
     return least({"copy": lambda: double(x)})["copy"] / (2 * x.nbytes)
 
 
+@functools.cache
+def arrays_moved(name):
+    """How many arrays a method must read or write: forward, and with backward."""
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 64)).astype("float32")
+    moved = x.copy()
+    moved[0, 7] += 1  # seen by other samples, or further off than any window?
+    call, weights = training_call(methods()[name].layer(), x.shape)
+    call = jax.jit(call)
+    before, after = (np.asarray(call(a, weights)[0]) for a in (x, moved))
+    same = np.isclose(before, after, atol=1e-4)
+    return (2, 5) if same[1].all() and same[0, :2].all() else (3, 8)
+
+
 def measure_layers(table, small, chosen):
     shape = IMAGES[small]
+    keys = jax.random.split(jax.random.key(0))
+    names = [n for n, m in methods().items() if m.layer and (not chosen or n in chosen)]
     for dtype in DTYPES:
-        policy = "mixed_bfloat16" if dtype == "bfloat16" else dtype
-        x, dy = (jnp.asarray(a, dtype) for a in timing.inputs(shape))
+        x, dy = (jax.random.normal(key, shape, dtype) for key in keys)
         byte = copy_speed(x)
         table.row("copy", dtype, byte * 2 * x.nbytes, 1e-9 / byte, 1.0)
-        for name, method in methods().items():
-            if method.layer is None or (chosen and name not in chosen):
-                continue
-            weight = not issubclass(method.layer, Normalization)
-            try:
-                if weight:
-                    ours = method.layer(convolution(shape, policy), dtype=policy)
-                    theirs = convolution(shape, policy)
-                else:
-                    ours = method.layer(dtype=policy)
-                    theirs = KERAS[name](dtype=policy) if name in KERAS else None
-                sides = on_jax(ours, x, dy)
-                keras_s = (None, None) if theirs is None else on_jax(theirs, x, dy)
-                for k, (step, moved) in enumerate((("", 2), (" + backward", 5))):
-                    found = least(
-                        {
-                            "ours": sides[k],
-                            "Keras": keras_s[k],
-                            "flax": on_flax(name, x, dy)[k],
-                            "PyTorch": on_torch(name, x, dy)[k],
-                        }
-                    )
-                    spent = found.pop("ours")
-                    speed = spent / (moved * x.nbytes)
-                    floor = (None, None) if weight else (1e-9 / speed, speed / byte)
-                    table.row(f"{name}{step}", dtype, spent, *floor, found)
-            except Exception as error:  # one method's limits are no reason to stop
-                reason = str(error).splitlines()[0][:60]
-                table.line([name, dtype, f"not run: {reason}", *[""] * 5])
+        policy = "mixed_bfloat16" if dtype == "bfloat16" else dtype
+        with ThreadPoolExecutor() as pool:
+            sides = {name: all_sides(pool, name, policy, x, dy) for name in names}
+            for name, (found, moved) in sides.items():
+                try:
+                    measure_layer(table, name, dtype, found, moved, x.nbytes, byte)
+                except Exception as error:  # one method's limits are no reason to stop
+                    reason = str(error).splitlines()[0][:60]
+                    table.line([name, dtype, f"not run: {reason}", *[""] * 5])
+
+
+def all_sides(pool, name, policy, x, dy):
+    """`({who: (forward, with backward)}, arrays moved)`; the steps are compiled while
+    the next are traced."""
+    make = methods()[name].layer
+    if not issubclass(make, Normalization):
+        ours = make(convolution(x.shape, policy), dtype=policy)
+        theirs, moved = convolution(x.shape, policy), None
+    else:
+        ours, moved = make(dtype=policy), arrays_moved(name)
+        theirs = KERAS[name](dtype=policy) if name in KERAS else None
+    found = {
+        "ours": on_jax(pool, ours, x, dy),
+        "Keras": on_jax(pool, theirs, x, dy) if theirs else (),
+        "flax": on_flax(pool, name, x, dy),
+        "PyTorch": on_torch(name, x, dy),
+    }
+    return {who: side for who, side in found.items() if side}, moved
+
+
+def measure_layer(table, name, dtype, found, moved, nbytes, byte):
+    for k, step in enumerate(("", " + backward")):
+        times = least({who: side[k]() for who, side in found.items()})
+        spent = times.pop("ours")
+        floor = (None, None)
+        if moved is not None:
+            speed = spent / (moved[k] * nbytes)
+            floor = (1e-9 / speed, speed / byte)
+        table.row(f"{name}{step}", dtype, spent, *floor, times)
 
 
 def convolution(shape, policy):

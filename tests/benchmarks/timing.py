@@ -90,13 +90,14 @@ def multiply_add(shape):
     return lambda x: x * a + (1 - a)
 
 
-def repeats_of(f):
-    """Warms a step up; how often a turn runs it."""
-    for _ in range(2):
+def repeats_of(f, seconds=TURN):
+    """Warms a step up; how often a turn of so many seconds runs it."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
         wait(f())
     start = time.perf_counter()
     wait(f())
-    return max(1, math.ceil(TURN / (time.perf_counter() - start)))
+    return max(1, math.ceil(seconds / (time.perf_counter() - start)))
 
 
 def turn(f, times):
@@ -109,9 +110,11 @@ def turn(f, times):
 
 
 def wait(result):
-    """Until a result is there: JAX answers before it has computed."""
+    """Until a result is there: JAX and PyTorch answer before they have computed."""
     if "jax" in sys.modules:
         sys.modules["jax"].block_until_ready(result)
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.synchronize()
 
 
 # ------------------------------------------------------- in another environment

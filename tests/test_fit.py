@@ -14,7 +14,7 @@ from keras import layers
 from kerasnorm.errors import KerasNormError
 from kerasnorm.swap import data as reading
 from kerasnorm.swap import solve
-from kerasnorm.swap.distill import kind
+from kerasnorm.swap.distill import Pupil, kind
 from kerasnorm.swap.fit import fit
 
 
@@ -466,6 +466,66 @@ def test_distill_of_several_outputs_is_reproducible(rng):
         )
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     assert losses[0][-1] < losses[0][0]
+
+
+def mirrored(x):
+    return x[:, :, ::-1]
+
+
+def test_views_are_answered_as_the_original_answers_them_on_average(rng):
+    model = randomize(small_cnn(norms=1), rng)
+    student, _ = swap(model, group_norm())
+    x = images(rng, 6)
+    wanted, given = (
+        [keras.ops.convert_to_numpy(m(v)) for v in (x, mirrored(x))]
+        for m in (model, student)
+    )
+    target = (wanted[0] + wanted[1]) / 2
+    assert np.abs(wanted[0] - target).max() > 1e-3  # it is not symmetric itself
+    expected = np.mean([np.square(target - p).mean(1) for p in given], 0)
+
+    def gap(y, p):
+        return keras.ops.mean(keras.ops.square(y - p), -1)
+
+    pupil = Pupil(model, student, (), [gap], views=(mirrored,))
+    np.testing.assert_allclose(pupil(x), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_distill_with_views_trains(rng):
+    model = randomize(small_cnn(activation="softmax"), rng)
+    student, pairs = swap(model, group_norm())
+    x = images(rng, 128)
+    options = {"epochs": 2, "views": mirrored, "verbose": 0}
+    losses = fit(model, student, pairs, x, "distill", **options).history["loss"]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        (lambda x: x[:, :7], "gives inputs like those it gets"),
+        (lambda x: x[:1], "gives inputs like those it gets"),
+        (lambda x: None, "gives inputs like those it gets"),
+        (["flip"], "gives inputs like those it gets"),
+    ],
+)
+def test_views_unlike_the_inputs_are_refused(views, message, rng):
+    model = randomize(small_cnn(norms=1), rng)
+    student, pairs = swap(model, group_norm())
+    before = [np.copy(w) for w in student.get_weights()]
+    with pytest.raises(KerasNormError, match=message):
+        fit(model, student, pairs, images(rng), "distill", views=views, verbose=0)
+    for old, new in zip(before, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_views_of_outputs_that_have_positions_are_refused(rng):
+    inputs = keras.Input((8, 8, 3))
+    x = layers.BatchNormalization(name="bn")(layers.Conv2D(4, 3, name="conv")(inputs))
+    model = randomize(keras.Model(inputs, x), rng)
+    student, pairs = swap(model, group_norm())
+    with pytest.raises(KerasNormError, match="may move with the inputs"):
+        fit(model, student, pairs, images(rng), "distill", views=mirrored, verbose=0)
 
 
 # --------------------------------------------------------------------- data

@@ -37,6 +37,8 @@ class Pupil(keras.Model):
         pairs: `(path, old layer, new layer)`, whose outputs are compared.
         losses: one for each output.
         augment: applied to the inputs of both, or None.
+        views: functions of the inputs. The student learns to answer the inputs, and
+            what each of these makes of them, as the teacher does on average over all.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Pupil(keras.Model):
         pairs: Sequence[tuple[str, Any, Any]],
         losses: Sequence[Callable[[Any, Any], Any]],
         augment: Callable[..., Any] | None = None,
+        views: Sequence[Callable[..., Any]] = (),
     ):
         super().__init__()
         self.teacher, self.student, self.augment = teacher, student, augment
         self.pairs, self.gaps = tuple(pairs), tuple(losses)
+        self.views = tuple(views)
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -72,11 +76,14 @@ class Pupil(keras.Model):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         if self.augment is not None:
             inputs = self.augment(inputs)
+        if self.views:
+            seen = [inputs, *(view(inputs) for view in self.views)]
+            inputs = tree.map_structure(lambda *v: ops.concatenate(v), *seen)
         _, old, new = zip(*self.pairs, strict=True) if self.pairs else ((), (), ())
         wanted, before = _observed(self.teacher, old, inputs)
         given, after = _observed(self.student, new, inputs)
         terms = [
-            loss(ops.stop_gradient(y), p)
+            loss(ops.stop_gradient(self._agreed(y)), p)
             for loss, y, p in zip(self.gaps, wanted, given, strict=True)
         ]
         sites = [
@@ -86,7 +93,17 @@ class Pupil(keras.Model):
             for y, p in zip(a, b, strict=True)
             if tuple(y.shape) == tuple(p.shape)
         ]
-        return sum(terms) + (sum(sites) / len(sites) if sites else 0.0)
+        gaps = sum(terms) + (sum(sites) / len(sites) if sites else 0.0)
+        # One for each sample, the mean of its views.
+        return ops.mean(ops.reshape(gaps, (1 + len(self.views), -1)), 0)
+
+    def _agreed(self, y: Any) -> Any:
+        """Each output, which comes once a view, as the mean over the views."""
+        if not self.views:
+            return y
+        count, shape = 1 + len(self.views), ops.shape(y)
+        mean = ops.mean(ops.reshape(y, (count, -1, *shape[1:])), 0)
+        return ops.tile(mean, (count, *[1] * (len(shape) - 1)))
 
 
 def _observed(model: Any, layers: Sequence[Any], inputs: Any) -> tuple[list, list]:
@@ -111,6 +128,7 @@ def distill(
     batch_size: int = 16,
     learning_rate: float = 3e-3,
     augment: Callable[..., Any] | None = None,
+    views: Sequence[Callable[..., Any]] = (),
     seed: int = 0,
     memory: float = 1e8,
     tick: Callable[[float], None] = lambda share: None,
@@ -125,9 +143,9 @@ def distill(
     """
     look = inputs.spread(LOOK)
     losses = [_loss(y) for y in _outputs(teacher, look)]
-    pupil = Pupil(teacher, student, pairs, losses, augment)
+    pupil = Pupil(teacher, student, pairs, losses, augment, views)
     if not _traces(pupil, look.pack(look.arrays)):
-        pupil = Pupil(teacher, student, (), losses, augment)
+        pupil = Pupil(teacher, student, (), losses, augment, views)
     failures: list[KerasNormError] = []
     if inputs.stream is None:
         batches: Any = _Batches(inputs, batch_size, seed)
@@ -156,6 +174,42 @@ def distill(
             raise failures[0] from None
         raise
     return [float(v) for v in history.history["loss"]]
+
+
+def checked_views(
+    model: Any, inputs: reading.Inputs, views: Any
+) -> tuple[Callable[..., Any], ...]:
+    """The `views` of a fit, one or several, tried on two samples.
+
+    Raises:
+        KerasNormError: not a function, or one that changes the shape of the inputs; a
+            model whose outputs have positions, which may move with the inputs.
+    """
+    views = (views,) if callable(views) else tuple(views or ())
+    two = inputs.spread(2)
+    x = tree.map_structure(ops.convert_to_tensor, two.pack(two.arrays))
+    for view in views:
+        given = view(x) if callable(view) else None
+        shapes = [
+            [tuple(v.shape) if hasattr(v, "shape") else v for v in tree.flatten(t)]
+            for t in (x, given)
+        ]
+        if shapes[0] != shapes[1]:
+            raise KerasNormError(
+                "a view is a function that gives inputs like those it gets",
+                got=f"{view!r}, which gives {shapes[1]} for {shapes[0]}",
+                fix="Flip images with `lambda x: x[:, :, ::-1]`, for example.",
+            )
+    ranks = {len(y.shape) for y in _outputs(model, two)} if views else {2}
+    if max(ranks) > 2:
+        raise KerasNormError(
+            "the outputs are averaged over views, and those of this model have "
+            "positions, which may move with the inputs",
+            got=f"outputs of rank {max(ranks)}",
+            expected="one vector for each sample",
+            fix="Use `augment`, which shows both models the same inputs.",
+        )
+    return views
 
 
 def _outputs(model: Any, inputs: reading.Inputs) -> list[np.ndarray]:

@@ -89,7 +89,7 @@ def mean_variance(
     A sixteenth that lies at c, away from the mean of all, makes a variance by itself:
     `(mean - c)**2 <= 15 var`, so the difference costs four bits at most.
     """
-    if not backend.reads_once() or len(x.shape) - 1 in axes:
+    if not axes or len(x.shape) - 1 in axes or not backend.reads_once():
         # Rows stay in registers between two passes, and are best left to XLA.
         mean = backend.mean(x, axes, n)
         return mean, backend.mean(backend.squared_difference(x, mean), axes, n)

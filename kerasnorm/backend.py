@@ -160,33 +160,25 @@ def on_cpu() -> bool:
 
 def reads_once() -> bool:
     """Whether to take mean and variance from one reading of the input: under XLA on an
-    accelerator, where reading is what takes the time. A CPU finds the input in its
-    cache the second time, and a plain graph writes out what it computes on the way."""
+    accelerator. A CPU finds the input in its cache the second time."""
     return not on_cpu() and _under_xla()
 
 
 def apart(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same tensors, which XLA on an accelerator computes before what uses them.
-
-    For small ones that it would compute anew for each element of a large one, and for
-    what a backward pass reads: otherwise forward pass, gradients and sums share large
-    intermediates, which are written out for it.
-    """
+    """The same small tensors, which XLA on an accelerator computes before what uses
+    them: not anew for each element of a large one, nor for two uses at once, which
+    would then share large intermediates that are written out."""
     if keras.backend.backend() != "jax" or on_cpu():
         return tensors
-    import jax
-
-    return jax.lax.optimization_barrier(tensors)
+    return importlib.import_module("jax.lax").optimization_barrier(tensors)
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in the full precision of its inputs, which accelerators round to TF32 or
-    bfloat16 otherwise; on JAX, TensorFlow has one switch for all."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.numpy.matmul(a, b, precision="highest")
-    return ops.matmul(a, b)
+    """`a @ b` without rounding to TF32 or bfloat16 on accelerators; on JAX, as
+    TensorFlow has one switch for all."""
+    if keras.backend.backend() != "jax":
+        return ops.matmul(a, b)
+    return importlib.import_module("jax.numpy").matmul(a, b, precision="highest")
 
 
 def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -455,8 +447,4 @@ def double_precision():
 def traced(f: Callable) -> Callable:
     """`f` compiled where running it operation by operation is slow: on JAX, which
     compiles every operation by itself."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.jit(f)
-    return f
+    return compiled(f) if keras.backend.backend() == "jax" else f

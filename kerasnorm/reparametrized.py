@@ -165,6 +165,11 @@ class Reparametrized(keras.layers.Wrapper):
     def weight(self, kernel: Kernel | None = None, training: bool = False) -> Tensor:
         """The kernel in use, in float32 or better; of the first one by default."""
         kernel = self.kernels[0] if kernel is None else kernel
+        v, values = self.values(kernel, training)
+        return kernel.from_columns(self.kernel(v, **values))
+
+    def values(self, kernel: Kernel, training: bool) -> tuple[Tensor, dict]:
+        """What `kernel()` takes, with the state brought up to date in training."""
         with _as_stored():
             v = _columns(kernel)
             held = self.parameters(kernel)
@@ -173,7 +178,7 @@ class Reparametrized(keras.layers.Wrapper):
                 for name, value in self.update(v, **values).items():
                     values[name] = ops.stop_gradient(value)
                     held[name].assign(values[name])
-            return kernel.from_columns(self.kernel(v, **values))
+        return v, values
 
     def call(self, *args, training=None, **kwargs):
         weights = {id(k.variable): self.weight(k, bool(training)) for k in self.kernels}

@@ -113,8 +113,8 @@ class BatchThenGroupNormalization(BatchNormalization):
         if not (self.estimate and training and self.trainable):
             return self.pooled(instance, count, mask, training)
         moving = self.moving(x.dtype)
-        instance = map(ops.stop_gradient, instance)
-        mean, variance = numerics.pool(*instance, (0,), count)
+        mean, variance = map(ops.stop_gradient, instance)
+        mean, variance = numerics.pool(mean, variance, (0,), count)
         # About the old moving mean, as it is the estimate that will be used.
         variance = variance[0, 0] + ops.square(mean[0, 0] - moving[0])
         self._update(moving, mean[0, 0], variance, numerics.seen(mask, x.dtype))

@@ -109,8 +109,9 @@ class WeightedNormalization(Normalization):
     def _pool(self, square, center, surround=None):
         """What each element is divided by the root of, and its gradients."""
         pool = _within(square, center)
-        for k, there in enumerate([] if surround is None else self._around(square)):
-            pool = pool + surround[k] * there
+        if surround is not None:
+            for k, there in enumerate(self._around(square)):
+                pool = pool + surround[k] * there
 
         def backward(d):
             # A group sees itself, and a neighbour is seen from the other side.

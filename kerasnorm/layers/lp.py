@@ -9,7 +9,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
+from kerasnorm import (
+    adoption,
+    backend,
+    moving_statistics,
+    numerics,
+    oracles,
+    replicas,
+)
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
 from kerasnorm.normalization import BatchStatistics
@@ -111,9 +118,9 @@ class LpBatchNormalization(BatchStatistics):
         return mean, ops.where(flat, ops.zeros_like(s), s)
 
     def _unit(self, deviation, variance):
-        """The standard deviation, which is at hand: of n elements none lies further
-        than sqrt(n) of it away. For large p, where that is too far, the largest."""
-        if self.p <= 8:
+        """The largest. Where it would take a reading of its own the standard deviation,
+        unless p is large: of n elements none lies further away than sqrt(n) of it."""
+        if self.p <= 8 and backend.reads_once():
             return ops.sqrt(variance)
         largest = ops.max(deviation, (0, 1), keepdims=True)
         if replicas.together():

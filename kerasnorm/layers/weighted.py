@@ -139,11 +139,13 @@ class WeightedNormalization(Normalization):
 
 
 def _within(v, weights):
-    """Sums over the members of each group, weighted for each channel: too small a
-    matrix product to be one."""
+    """Sums over the members of each group, weighted for each channel."""
     size = weights.shape[0]
     groups = ops.reshape(v, (*ops.shape(v)[:-1], -1, size))
-    total = sum(groups[..., k : k + 1] * weights[k] for k in range(size))
+    if backend.reads_once():  # products of so small matrices are slower there
+        total = sum(groups[..., k : k + 1] * weights[k] for k in range(size))
+    else:
+        total = ops.einsum("...gk,kgc->...gc", groups, weights)
     return ops.reshape(total, ops.shape(v))
 
 

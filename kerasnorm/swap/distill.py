@@ -186,6 +186,8 @@ def checked_views(
             model whose outputs have positions, which may move with the inputs.
     """
     views = (views,) if callable(views) else tuple(views or ())
+    if not views:
+        return ()
     two = inputs.spread(2)
     x = tree.map_structure(ops.convert_to_tensor, two.pack(two.arrays))
     for view in views:
@@ -200,12 +202,12 @@ def checked_views(
                 got=f"{view!r}, which gives {shapes[1]} for {shapes[0]}",
                 fix="Flip images with `lambda x: x[:, :, ::-1]`, for example.",
             )
-    ranks = {len(y.shape) for y in _outputs(model, two)} if views else {2}
-    if max(ranks) > 2:
+    rank = max(len(y.shape) for y in _outputs(model, two))
+    if rank > 2:
         raise KerasNormError(
             "the outputs are averaged over views, and those of this model have "
             "positions, which may move with the inputs",
-            got=f"outputs of rank {max(ranks)}",
+            got=f"outputs of rank {rank}",
             expected="one vector for each sample",
             fix="Use `augment`, which shows both models the same inputs.",
         )

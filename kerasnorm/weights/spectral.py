@@ -104,7 +104,7 @@ class SpectralNormalization(Reparametrized):
         v, values = self.values(self.kernels[0], bool(training))
         x = ops.cast(args[0], v.dtype) * self.factor(v, **values)
         x = ops.cast(x, self.layer.compute_dtype)
-        return self.run({}, (x, *args[1:]), kwargs, training)
+        return self.run({}, (x,), kwargs, training)
 
     def _fewer_inputs(self, args) -> bool:
         """Whether the layer is linear in inputs of known size, less than its kernel."""

@@ -24,6 +24,7 @@ the figures say little about a GPU beyond that it runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -248,13 +249,23 @@ def measure_layers(table, small, chosen):
         table.row("copy", dtype, byte * 2 * x.nbytes, 1e-9 / byte, 1.0)
         policy = "mixed_bfloat16" if dtype == "bfloat16" else dtype
         with ThreadPoolExecutor() as pool:
-            sides = {name: all_sides(pool, name, policy, x, dy) for name in names}
+            sides = {}
+            for name in names:
+                with reported(table, name, dtype):
+                    sides[name] = all_sides(pool, name, policy, x, dy)
             for name, (found, moved) in sides.items():
-                try:
+                with reported(table, name, dtype):
                     measure_layer(table, name, dtype, found, moved, x.nbytes, byte)
-                except Exception as error:  # one method's limits are no reason to stop
-                    reason = str(error).splitlines()[0][:60]
-                    table.line([name, dtype, f"not run: {reason}", *[""] * 5])
+
+
+@contextlib.contextmanager
+def reported(table, name, dtype):
+    """Makes an error a row: one method's limits are no reason to stop."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).splitlines()[0][:60]
+        table.line([name, dtype, f"not run: {reason}", *[""] * 5])
 
 
 def all_sides(pool, name, policy, x, dy):

@@ -283,6 +283,27 @@ def kernels_of(layer: Any) -> list[Kernel] | Refusal:
     return found
 
 
+def convolve(layer: Any, x: Any, kernel: Any) -> Any:
+    """What a convolution or depthwise one makes of `x`, with another kernel and
+    neither bias nor activation."""
+    padding = layer.padding
+    if padding == "causal":
+        ahead = (layer.kernel_size[0] - 1) * layer.dilation_rate[0]
+        pads = [(0, 0)] * len(x.shape)
+        pads[-1 if layer.data_format == "channels_first" else 1] = (ahead, 0)
+        x, padding = keras.ops.pad(x, pads), "valid"
+    depthwise = isinstance(layer, DEPTHWISE)
+    operation = keras.ops.depthwise_conv if depthwise else keras.ops.conv
+    return operation(
+        x,
+        kernel,
+        strides=layer.strides,
+        padding=padding,
+        data_format=layer.data_format,
+        dilation_rate=layer.dilation_rate,
+    )
+
+
 def _letters(equation: str) -> tuple[str, str, str]:
     """Subscripts of input, kernel and output, the ellipsis left out."""
     left, made = equation.replace("...", "").replace(" ", "").split("->")

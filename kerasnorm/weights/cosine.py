@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import numerics
-from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE
+from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE, convolve
 from kerasnorm.method import Case, declare
 from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, linear
 from kerasnorm.wrapping import rules
@@ -79,16 +79,31 @@ class CosineNormalization(Reparametrized):
         exchanged = {id(kernel.variable): self.weight(kernel)}
         if layer.use_bias:
             exchanged[id(layer.bias)] = ops.zeros(layer.bias.shape)
-        y = self.run(exchanged, (x,), {}, training)
-        exchanged[id(kernel.variable)] = ops.ones(kernel.variable.shape)
-        square = self.run(exchanged, (ops.square(x),), {}, training)
-        y, square = (ops.cast(t, x.dtype) for t in (y, square))
+        y = ops.cast(self.run(exchanged, (x,), {}, training), x.dtype)
+        square = self._squares(x, kernel.axis)
         y = y * numerics.inverse_root(ops.maximum(square, 0.0), self.epsilon)
         if layer.use_bias:
             shape = [1] * len(y.shape)
             shape[kernel.axis] = -1
             y = y + ops.reshape(ops.cast(layer.bias, y.dtype), shape)
         return ops.cast(y, layer.compute_dtype)
+
+    def _squares(self, x, axis):
+        """Squared lengths of what the filters see: once, where all see the same."""
+        layer, x = self.layer, ops.square(x)
+        if isinstance(layer, keras.layers.Dense):
+            return ops.sum(x, axis, keepdims=True)
+        axis %= len(x.shape)
+        if isinstance(layer, DEPTHWISE):
+            see, alike = (x.shape[axis], 1), layer.depth_multiplier
+        else:
+            groups, shape = layer.groups, ops.shape(x)
+            parts = (*shape[:axis], groups, -1, *shape[axis + 1 :])
+            x = ops.sum(ops.reshape(x, parts), axis + 1)
+            # A single group's lengths are broadcast.
+            see, alike = (1, groups), layer.filters // groups if groups > 1 else 1
+        y = convolve(layer, x, ops.ones((*layer.kernel_size, *see), x.dtype))
+        return y if alike == 1 else ops.repeat(y, alike, axis)
 
 
 def oracle(x, weights, config, training, mask):
@@ -108,6 +123,26 @@ def check_bounded():
     np.testing.assert_allclose(large, y, atol=1e-5)
 
 
+def check_what_filters_see():
+    layers, rng = keras.layers, np.random.default_rng(0)
+    for layer, shape in (
+        (layers.Conv1D(4, 3, padding="causal", dilation_rate=2), (2, 9, 3)),
+        (layers.Conv2D(6, 3, strides=2, padding="same", groups=2), (2, 9, 8, 4)),
+        (layers.DepthwiseConv2D(3, depth_multiplier=2), (2, 9, 8, 3)),
+        (layers.Conv3D(2, 2, data_format="channels_last"), (2, 4, 5, 3, 3)),
+    ):
+        wrapped = CosineNormalization(layer, epsilon=1e-14)
+        x = rng.normal(size=shape).astype("float32")
+        got = ops.convert_to_numpy(wrapped(x))
+        (kernel,), v = wrapped.kernels, ops.convert_to_numpy(wrapped.v)
+        length = np.sqrt(np.sum(v**2, kernel.fan_in)).reshape(-1)
+        product = ops.convert_to_numpy(layer(x))
+        wrapped.v.assign(np.ones_like(v))
+        square = ops.convert_to_numpy(layer(x**2))
+        expected = product / length / np.sqrt(square)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
 declare(
     CosineNormalization,
     name="cosine",
@@ -120,5 +155,5 @@ declare(
     claims=(CLAIMS | {"scale_invariant", "gradient_orthogonal_to_input"})
     - {"bounded_jacobian"},
     undecided=UNDECIDED,
-    checks=(check_bounded,),
+    checks=(check_bounded, check_what_filters_see),
 )

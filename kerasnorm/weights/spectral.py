@@ -11,7 +11,7 @@ from keras import ops
 
 from kerasnorm import backend, numerics
 from kerasnorm.errors import KerasNormError
-from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE
+from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE, convolve
 from kerasnorm.method import Case, declare
 from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
 from kerasnorm.wrapping import rules
@@ -144,25 +144,10 @@ class SpectralNormalization(Reparametrized):
 
     def _convolve(self, v, x):
         layer = self.layer
-        depthwise = isinstance(layer, DEPTHWISE)
-        shape = (
-            *layer.kernel_size,
-            -1,
-            layer.depth_multiplier if depthwise else layer.filters,
+        filters = (
+            layer.depth_multiplier if isinstance(layer, DEPTHWISE) else layer.filters
         )
-        convolve = ops.depthwise_conv if depthwise else ops.conv
-        causal = layer.padding == "causal"
-        if causal:
-            ahead = (layer.kernel_size[0] - 1) * layer.dilation_rate[0]
-            x = ops.pad(x, ((0, 0), (ahead, 0), (0, 0)))
-        return convolve(
-            x,
-            ops.reshape(v, shape),
-            strides=layer.strides,
-            padding="valid" if causal else layer.padding,
-            data_format=layer.data_format,
-            dilation_rate=layer.dilation_rate,
-        )
+        return convolve(layer, x, ops.reshape(v, (*layer.kernel_size, -1, filters)))
 
     def _input_shape(self):
         shape = tuple(self.layer.get_build_config()["input_shape"])

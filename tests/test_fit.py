@@ -437,6 +437,19 @@ def test_distill_leaves_frozen_layers_and_compile_state_alone(rng):
     assert not student.get_layer("conv1").trainable
 
 
+def test_distill_that_takes_the_outputs_further_away_is_undone(rng):
+    model = randomize(small_cnn(), rng)
+    x = images(rng, 48)
+    found = []
+    for method, more in (("refit", {}), ("distill", {"learning_rate": 1.0})):
+        student, pairs = swap(model, group_norm())
+        result = fit(model, student, pairs, x, method, verbose=0, **more)
+        found.append(student.get_weights())
+    assert any("those of 'refit'" in note for note in result.notes)
+    for refit, undone in zip(*found, strict=True):
+        np.testing.assert_array_equal(refit, undone)
+
+
 def test_kinds_of_output_are_told_apart_by_their_values(rng):
     logits = rng.normal(size=(20, 5))
     assert kind(logits) == "linear"

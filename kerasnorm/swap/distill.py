@@ -132,10 +132,14 @@ def distill(
     seed: int = 0,
     memory: float = 1e8,
     tick: Callable[[float], None] = lambda share: None,
-) -> list[float]:
-    """Trains all trainable weights of the student; returns the loss of each epoch.
+) -> tuple[list[float], bool]:
+    """Trains all trainable weights of the student.
 
-    Adam with a linear decay to zero. The loss of an output follows from the teacher's
+    Returns the loss of each epoch, and whether the outputs came nearer to the teacher's;
+    if not, the student is as it was.
+
+    Adam, at a rate that rises over the first tenth of the steps and falls to zero along
+    a cosine. The loss of an output follows from the teacher's
     values (see `kind`): probabilities are compared by cross-entropy, softened where
     they sum to one; anything else by squares, in units of the output's variance. The
     outputs of the pairs of layers count as much as one output together. Inputs that
@@ -155,7 +159,12 @@ def distill(
         more = {"steps_per_epoch": per_epoch}
         batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
     steps = epochs * per_epoch
-    schedule = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
+    # Adam's first steps are as long as its rate whatever the gradient: at the full rate
+    # they would undo the fit that the student comes with.
+    warmup = steps // 10
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
+    )
     # What XLA compiles cannot speak to other replicas.
     jit = replicas.of(pupil) == 1 and compilation.compiles(pupil)
     adam = keras.optimizers.Adam(schedule, clipnorm=1.0)
@@ -168,12 +177,25 @@ def distill(
         with compilation.tracing([pupil] if jit else []):
             # One loss for each sample: Keras does not share a scalar out over replicas.
             pupil.compile(adam, loss=lambda _, p: p, jit_compile=jit)
+            # By the outputs alone.
+            judge = Pupil(teacher, student, (), losses, views=views)
+            judge.compile(loss=lambda _, p: p, jit_compile=jit)
+            sample, before = _Batches(look, batch_size, seed), _values(student)
+            start = judge.evaluate(sample, verbose=0)
             history = pupil.fit(batches, epochs=epochs, **settings)
+            helped = judge.evaluate(sample, verbose=0) < start
     except Exception:
         if failures:
             raise failures[0] from None
         raise
-    return [float(v) for v in history.history["loss"]]
+    if not helped:  # too few steps, or too large ones, for a student that was near
+        for variable, value in zip(student.trainable_variables, before, strict=True):
+            variable.assign(value)
+    return [float(v) for v in history.history["loss"]], helped
+
+
+def _values(model: Any) -> list[np.ndarray]:
+    return [np.array(ops.convert_to_numpy(v)) for v in model.trainable_variables]
 
 
 def checked_views(

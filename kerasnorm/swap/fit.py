@@ -76,7 +76,8 @@ def fit(
         method: `"affine"` solves gamma and beta of the new layers; `"refit"` also the
             linear layers around them, towards the original's pre-activations;
             `"distill"` starts with `"refit"` and then trains the student on the
-            original's outputs and on those of its swapped layers.
+            original's outputs and on those of its swapped layers, unless that takes
+            it further away.
         groups: `"auto"` also chooses the number of groups of each new layer that has
             one, by the share of variance kept.
         samples: samples for the closed-form part, spread evenly over the data; by
@@ -88,7 +89,8 @@ def fit(
             a generator, which gives its batches once, only that is used, and the
             result says so.
         epochs: passes over the data, of `"distill"`.
-        learning_rate: first learning rate of `"distill"`; decays to zero.
+        learning_rate: largest learning rate of `"distill"`, which rises to it over a
+            tenth of the steps and falls to zero along a cosine.
         augment: of `"distill"`: what to do to the inputs of each step before both
             models see them, such as `keras.layers.RandomFlip("horizontal")`.
         views: of `"distill"`: a function, or several, that turns inputs into others
@@ -122,7 +124,7 @@ def fit(
         )
         walk.run()
         if method == "distill":
-            history["loss"] = distill(
+            history["loss"], helped = distill(
                 teacher,
                 student,
                 pairs,
@@ -136,6 +138,11 @@ def fit(
                 memory=memory / 16,
                 tick=lambda share: progress.update("distilling", share),
             )
+            if not helped:
+                notes.append(
+                    "training brought the outputs no nearer to the original's: the "
+                    "weights are those of 'refit'"
+                )
     if inputs.cut and inputs.stream is None:
         notes.append(f"the first {len(inputs)} samples were used, to save memory")
     return FitResult(

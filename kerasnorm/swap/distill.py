@@ -135,8 +135,8 @@ def distill(
 ) -> tuple[list[float], bool]:
     """Trains all trainable weights of the student.
 
-    Returns the loss of each epoch, and whether the outputs came nearer to the teacher's;
-    if not, the student is as it was.
+    Returns the loss of each epoch, and whether the outputs came nearer to those of the
+    teacher; if not, the student is as it was.
 
     Adam, at a rate that rises over the first tenth of the steps and falls to zero along
     a cosine. The loss of an output follows from the teacher's

@@ -123,49 +123,35 @@ class Augmented(keras.utils.PyDataset):
         self.order = self.rng.permutation(len(self.y))
 
 
-def trained_resnet(
-    depth=14, epochs=10, widths=(16, 32, 64), each=False, tuned=0, verbose=2
-):
-    """The benchmark's model, trained on first use (about half an hour on 2 cores): by
-    SGD at a rate that falls to 0.01, then for `tuned` epochs by Adam as it is."""
+def trained_resnet(depth=14, epochs=10, widths=(16, 32, 64), each=False, verbose=2):
+    """The benchmark's model, trained on first use (about half an hour on 2 cores)."""
     wide = "" if widths == (16, 32, 64) else f"_{widths[0]}wide"
     way = "_each" if each else ""
-    more = f"_{tuned}tuned" if tuned else ""
-    path = CACHE / f"resnet{depth}{wide}{way}_{epochs}epochs{more}.keras"
+    path = CACHE / f"resnet{depth}{wide}{way}_{epochs}epochs.keras"
     if not path.exists():
-        network = {"depth": depth, "epochs": epochs, "widths": widths, "each": each}
-        model = trained_resnet(**network, verbose=verbose) if tuned else None
         keras.utils.set_random_seed(0)
         (x, y), test = cifar10(each)
+        model = resnet(depth, widths)
         data = Augmented(x, y)
-        if model is None:
-            model = resnet(depth, widths)
-            optimizer = _annealed(epochs * len(data), warmup=len(data))
-        else:
-            optimizer = keras.optimizers.Adam()
+        steps = epochs * len(data)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            0.01, steps - len(data), warmup_target=0.2, warmup_steps=len(data)
+        )
         model.compile(
-            optimizer,
+            keras.optimizers.SGD(
+                schedule, momentum=0.9, nesterov=True, weight_decay=5e-4
+            ),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
             jit_compile=False,
         )
         start = time.time()
-        model.fit(data, epochs=tuned or epochs, verbose=verbose)
+        model.fit(data, epochs=epochs, verbose=verbose)
         print("trained in", round(time.time() - start), "s", file=sys.stderr)
         print(model.evaluate(*test, batch_size=500, verbose=0), file=sys.stderr)
         CACHE.mkdir(parents=True, exist_ok=True)
         model.save(path)
     return keras.models.load_model(path, compile=False)
-
-
-def _annealed(steps, warmup):
-    """SGD at a rate that rises to 0.2, and falls to 0.01."""
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.01, steps - warmup, warmup_target=0.2, warmup_steps=warmup
-    )
-    return keras.optimizers.SGD(
-        schedule, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
 
 
 def accuracy(model, x, labels):

@@ -139,11 +139,11 @@ def distill(
     teacher; if not, the student is as it was.
 
     Adam, at a rate that rises over the first tenth of the steps and falls to zero along
-    a cosine. The loss of an output follows from the teacher's
-    values (see `kind`): probabilities are compared by cross-entropy, softened where
-    they sum to one; anything else by squares, in units of the output's variance. The
-    outputs of the pairs of layers count as much as one output together. Inputs that
-    are a stream are shuffled in blocks of `memory` bytes.
+    a cosine. The loss of an output follows from the teacher's values (see `kind`):
+    probabilities are compared by cross-entropy, softened where they sum to one;
+    anything else by squares, in units of the output's variance. The outputs of the
+    pairs of layers count as much as one output together. Inputs that are a stream are
+    shuffled in blocks of `memory` bytes.
     """
     look = inputs.spread(LOOK)
     losses = [_loss(y) for y in _outputs(teacher, look)]
@@ -180,7 +180,7 @@ def distill(
             # By the outputs alone.
             judge = Pupil(teacher, student, (), losses, views=views)
             judge.compile(loss=lambda _, p: p, jit_compile=jit)
-            sample, before = _Batches(look, batch_size, seed), _values(student)
+            sample, before = _Batches(look, batch_size, seed), student.get_weights()
             start = judge.evaluate(sample, verbose=0)
             history = pupil.fit(batches, epochs=epochs, **settings)
             helped = judge.evaluate(sample, verbose=0) < start
@@ -189,13 +189,8 @@ def distill(
             raise failures[0] from None
         raise
     if not helped:  # too few steps, or too large ones, for a student that was near
-        for variable, value in zip(student.trainable_variables, before, strict=True):
-            variable.assign(value)
+        student.set_weights(before)
     return [float(v) for v in history.history["loss"]], helped
-
-
-def _values(model: Any) -> list[np.ndarray]:
-    return [np.array(ops.convert_to_numpy(v)) for v in model.trainable_variables]
 
 
 def checked_views(

@@ -143,11 +143,7 @@ class SpectralNormalization(Reparametrized):
         return backend.vjp(lambda x: self._convolve(v, x), [like], u)[1][0]
 
     def _convolve(self, v, x):
-        layer = self.layer
-        filters = (
-            layer.depth_multiplier if isinstance(layer, DEPTHWISE) else layer.filters
-        )
-        return convolve(layer, x, ops.reshape(v, (*layer.kernel_size, -1, filters)))
+        return convolve(self.layer, x, self.kernels[0].from_columns(v))
 
     def _input_shape(self):
         shape = tuple(self.layer.get_build_config()["input_shape"])

@@ -14,6 +14,7 @@ from kerasnorm import compilation, numerics, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.programs import Compiled
 from kerasnorm.swap import data as reading
+from kerasnorm.swap.muon import Muon
 from rewriters.tracing import watching
 
 
@@ -29,7 +30,8 @@ class Pupil(keras.Model):
     Both run as at inference: no dropout, and normalization that was not swapped keeps
     its running statistics. The outputs are compared, and so is what comes out of each
     swapped layer, in units of its variance: the last layers alone say little about
-    what the first ones should do.
+    what the first ones should do. In training the layers count for less from step to
+    step, since in the end it is the outputs that matter.
 
     Args:
         teacher: the original; its weights are not trained.
@@ -39,6 +41,7 @@ class Pupil(keras.Model):
         augment: applied to the inputs of both, or None.
         views: functions of the inputs. The student learns to answer the inputs, and
             what each of these makes of them, as the teacher does on average over all.
+        steps: of the training, at the end of which the layers count for nothing.
     """
 
     def __init__(
@@ -49,11 +52,23 @@ class Pupil(keras.Model):
         losses: Sequence[Callable[[Any, Any], Any]],
         augment: Callable[..., Any] | None = None,
         views: Sequence[Callable[..., Any]] = (),
+        steps: int = 1,
     ):
         super().__init__()
         self.teacher, self.student, self.augment = teacher, student, augment
         self.pairs, self.gaps = tuple(pairs), tuple(losses)
-        self.views = tuple(views)
+        self.views, self.steps = tuple(views), steps
+        # It is counted here: what a callback assigns between steps does not reach what
+        # JAX trains.
+        self.share = self.add_weight(
+            shape=(),
+            initializer="ones",
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+            name="share",
+        )
 
     @property
     def trainable_variables(self) -> list[Any]:
@@ -93,7 +108,10 @@ class Pupil(keras.Model):
             for y, p in zip(a, b, strict=True)
             if tuple(y.shape) == tuple(p.shape)
         ]
-        gaps = sum(terms) + (sum(sites) / len(sites) if sites else 0.0)
+        share = ops.convert_to_tensor(self.share)
+        gaps = sum(terms) + share * sum(sites)
+        if training:
+            self.share.assign(ops.maximum(share - 1 / self.steps, 0.0))
         # One for each sample, the mean of its views.
         return ops.mean(ops.reshape(gaps, (1 + len(self.views), -1)), 0)
 
@@ -125,8 +143,8 @@ def distill(
     inputs: reading.Inputs,
     *,
     epochs: int = 3,
-    batch_size: int = 16,
-    learning_rate: float = 3e-3,
+    batch_size: int = 32,
+    learning_rate: float = 7e-3,
     augment: Callable[..., Any] | None = None,
     views: Sequence[Callable[..., Any]] = (),
     seed: int = 0,
@@ -138,18 +156,16 @@ def distill(
     Returns the loss of each epoch, and whether the outputs came nearer to those of the
     teacher; if not, the student is as it was.
 
-    Adam, at a rate that rises over the first tenth of the steps and falls to zero along
+    Muon, at a rate that rises over the first tenth of the steps and falls to zero along
     a cosine. The loss of an output follows from the teacher's values (see `kind`):
     probabilities are compared by cross-entropy, softened where they sum to one;
-    anything else by squares, in units of the output's variance. The outputs of the
-    pairs of layers count as much as one output together. Inputs that are a stream are
-    shuffled in blocks of `memory` bytes.
+    anything else by squares, in units of the output's variance. The outputs of each
+    pair of layers count as much as an output of the model at first (a network is easier
+    to train from within than from its end alone) and for nothing at the end. Inputs
+    that are a stream are shuffled in blocks of `memory` bytes.
     """
     look = inputs.spread(LOOK)
     losses = [_loss(y) for y in _outputs(teacher, look)]
-    pupil = Pupil(teacher, student, pairs, losses, augment, views)
-    if not _traces(pupil, look.pack(look.arrays)):
-        pupil = Pupil(teacher, student, (), losses, augment, views)
     failures: list[KerasNormError] = []
     if inputs.stream is None:
         batches: Any = _Batches(inputs, batch_size, seed)
@@ -159,15 +175,18 @@ def distill(
         more = {"steps_per_epoch": per_epoch}
         batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
     steps = epochs * per_epoch
-    # Adam's first steps are as long as its rate whatever the gradient: at the full rate
-    # they would undo the fit that the student comes with.
+    pupil = Pupil(teacher, student, pairs, losses, augment, views, steps)
+    if not _traces(pupil, look.pack(look.arrays)):
+        pupil = Pupil(teacher, student, (), losses, augment, views, steps)
+    # Steps are as long as the rate whatever the gradient: at the full rate the first
+    # would undo the fit that the student comes with.
     warmup = steps // 10
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warmup, warmup_target=learning_rate, warmup_steps=warmup
     )
     # What XLA compiles cannot speak to other replicas.
     jit = replicas.of(pupil) == 1 and compilation.compiles(pupil)
-    adam = keras.optimizers.Adam(schedule, clipnorm=1.0)
+    optimizer = Muon(student, schedule)
     done = itertools.count(1)
     progress = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
@@ -176,7 +195,7 @@ def distill(
     try:
         with compilation.tracing([pupil] if jit else []):
             # One loss for each sample: Keras does not share a scalar out over replicas.
-            pupil.compile(adam, loss=lambda _, p: p, jit_compile=jit)
+            pupil.compile(optimizer, loss=lambda _, p: p, jit_compile=jit)
             # By the outputs alone.
             judge = Pupil(teacher, student, (), losses, views=views)
             judge.compile(loss=lambda _, p: p, jit_compile=jit)

@@ -56,10 +56,10 @@ def fit(
     *,
     groups: str | None = None,
     samples: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     memory: float = 2e9,
     epochs: int = 3,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 7e-3,
     augment: Callable[..., Any] | None = None,
     views: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
     seed: int = 0,
@@ -90,7 +90,8 @@ def fit(
             result says so.
         epochs: passes over the data, of `"distill"`.
         learning_rate: largest learning rate of `"distill"`, which rises to it over a
-            tenth of the steps and falls to zero along a cosine.
+            tenth of the steps and falls to zero along a cosine. A step of a kernel is
+            so many times as long as the kernel (Muon); all else takes steps of Adam.
         augment: of `"distill"`: what to do to the inputs of each step before both
             models see them, such as `keras.layers.RandomFlip("horizontal")`.
         views: of `"distill"`: a function, or several, that turns inputs into others

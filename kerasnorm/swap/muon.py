@@ -1,0 +1,119 @@
+"""The optimizer of distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from kerasnorm import backend
+from kerasnorm.kernels import DEPTHWISE, Kernel, kernels_of
+from kerasnorm.method import Refusal
+from kerasnorm.sphere.spheres import tensor
+
+
+# Of the kernels' momentum; of Adam's two averages; under Adam's root.
+MOMENTUM, BETAS, EPSILON = 0.95, (0.9, 0.95), 1e-7
+# An odd polynomial of the singular values that brings those in (0, 1] near 1 when it is
+# applied a few times. Jordan, 2024, chose it for the steepest slope at zero.
+QUINTIC, TIMES = (3.4445, -4.7750, 2.0315), 5
+# A kernel's length counts as no less than this share of that of orthonormal filters, so
+# that one of zeros moves.
+LEAST = 1e-2
+
+
+class Muon(keras.optimizers.Optimizer):
+    """Muon on the kernels of linear layers, in units of their length; Adam elsewhere.
+
+    The momentum of a kernel, as a matrix `(fan_in, filters)`, is brought to the nearest
+    orthogonal one, so that a step moves all directions alike, those with small
+    gradients too, and each step is `learning_rate` times as long as the kernel. So the
+    same rate suits kernels of any scale.
+
+        m <- 0.95 m + g
+        u <- orthogonal(g + 0.95 m)
+        w <- w - learning_rate |w| u / |u|
+
+    Papers: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; Bernstein
+    et al., 2020, https://arxiv.org/abs/2002.03432 (steps relative to the length).
+
+    Args:
+        model: the built model to train.
+        learning_rate: a float or a schedule.
+    """
+
+    def __init__(self, model: Any, learning_rate: Any):
+        super().__init__(learning_rate=learning_rate, name="muon")
+        self._matrices = _matrices(model)
+
+    def build(self, variables: Sequence[Any]) -> None:
+        if self.built:
+            return
+        super().build(variables)
+        add = self.add_variable_from_reference
+        known = {id(k.variable): k for k in self._matrices}
+        self._kernels = {
+            i: known[id(v)] for i, v in enumerate(variables) if id(v) in known
+        }
+        self._momenta = [add(v, name="momentum") for v in variables]
+        self._squares = {
+            i: add(v, name="velocity")
+            for i, v in enumerate(variables)
+            if i not in self._kernels
+        }
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        i, w = self._get_variable_index(variable), tensor(variable)
+        g = ops.cast(backend.value(gradient), w.dtype)
+        kernel = self._kernels.get(i)
+        step = self._adam(i, g) if kernel is None else self._muon(i, g, w, kernel)
+        step = ops.cast(learning_rate, w.dtype) * step
+        self.assign_sub(variable, ops.cast(step, variable.dtype))
+
+    def _muon(self, i: int, g: Any, w: Any, kernel: Kernel) -> Any:
+        m = self._average(self._momenta[i], g, MOMENTUM, 1.0)
+        u = orthogonal(kernel.columns(g + MOMENTUM * m))
+        w = kernel.columns(w)
+        length = ops.maximum(ops.norm(w), LEAST * w.shape[1] ** 0.5)
+        return kernel.from_columns(u * length / (ops.norm(u) + EPSILON))
+
+    def _adam(self, i: int, g: Any) -> Any:
+        first, second = BETAS
+        m = self._average(self._momenta[i], g, first, 1 - first)
+        v = self._average(self._squares[i], ops.square(g), second, 1 - second)
+        count = ops.cast(self.iterations + 1, g.dtype)
+        m, v = m / (1 - first**count), v / (1 - second**count)
+        return m / (ops.sqrt(v) + EPSILON)
+
+    def _average(self, slot: Any, new: Any, kept: float, added: float) -> Any:
+        value = kept * tensor(slot) + added * new
+        self.assign(slot, ops.cast(value, slot.dtype))
+        return value
+
+
+def orthogonal(m: Any) -> Any:
+    """The matrix with the singular vectors of `m` and all singular values near 1
+    (0.7 to 1.2), but for those below a thousandth of its length."""
+    a, b, c = QUINTIC
+    tall = m.shape[0] > m.shape[1]
+    x = ops.transpose(m) if tall else m
+    x = x / (ops.norm(x) + EPSILON)
+    for _ in range(TIMES):
+        square = ops.matmul(x, ops.transpose(x))
+        x = a * x + ops.matmul(b * square + c * ops.matmul(square, square), x)
+    return ops.transpose(x) if tall else x
+
+
+def _matrices(model: Any) -> list[Kernel]:
+    """The kernels of the model that multiply their inputs as matrices: not rows that
+    are looked up, nor filters of one channel each."""
+    return [
+        kernel
+        for layer in model._flatten_layers()
+        if not isinstance(kernels := kernels_of(layer), Refusal)
+        for kernel in kernels
+        if not isinstance(kernel.layer, (*DEPTHWISE, keras.layers.Embedding))
+        and kernel.name != "depthwise_kernel"
+    ]

@@ -433,6 +433,7 @@ def test_distill_leaves_frozen_layers_and_compile_state_alone(rng):
     np.testing.assert_array_equal(before[0], after[0])
     assert student.optimizer is optimizer
     assert int(optimizer.iterations) == 0
+    assert result.history["loss"][-1] < result.history["loss"][0]
     assert not result.notes  # the outputs came nearer
     assert not student.get_layer("conv1").trainable
 
@@ -499,6 +500,7 @@ def test_distill_of_several_outputs_is_reproducible(rng):
         losses.append(result.history["loss"])
         assert not result.notes  # the outputs came nearer
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][-1] < losses[0][0]
 
 
 def mirrored(x):
@@ -530,6 +532,8 @@ def test_distill_with_views_trains(rng):
     x = images(rng, 128)
     options = {"epochs": 2, "views": mirrored, "verbose": 0}
     result = fit(model, student, pairs, x, "distill", **options)
+    losses = result.history["loss"]
+    assert losses[1] < losses[0]
     assert not result.notes  # the outputs came nearer
 
 

@@ -9,13 +9,16 @@ import keras
 from keras import ops
 
 from kerasnorm import backend
-from kerasnorm.kernels import DEPTHWISE, Kernel, kernels_of
+from kerasnorm.flow import own_kernels
+from kerasnorm.kernels import DEPTHWISE, Kernel
 from kerasnorm.method import Refusal
 from kerasnorm.sphere.spheres import tensor
 
 
-# Of the kernels' momentum; of Adam's two averages; under Adam's root.
-MOMENTUM, BETAS, EPSILON = 0.95, (0.9, 0.95), 1e-7
+# Of the kernels' momentum; of Adam's average of squares, short as the training is.
+MOMENTUM, BETA_2 = 0.95, 0.95
+# Added to lengths that something is divided by.
+EPSILON = 1e-7
 # An odd polynomial of the singular values that brings those in (0, 1] near 1 when it is
 # applied a few times. Jordan, 2024, chose it for the steepest slope at zero.
 QUINTIC, TIMES = (3.4445, -4.7750, 2.0315), 5
@@ -24,7 +27,7 @@ QUINTIC, TIMES = (3.4445, -4.7750, 2.0315), 5
 LEAST = 1e-2
 
 
-class Muon(keras.optimizers.Optimizer):
+class Muon(keras.optimizers.Adam):
     """Muon on the kernels of linear layers, in units of their length; Adam elsewhere.
 
     The momentum of a kernel, as a matrix `(fan_in, filters)`, is brought to the nearest
@@ -45,52 +48,32 @@ class Muon(keras.optimizers.Optimizer):
     """
 
     def __init__(self, model: Any, learning_rate: Any):
-        super().__init__(learning_rate=learning_rate, name="muon")
-        self._matrices = _matrices(model)
+        super().__init__(learning_rate, beta_2=BETA_2, name="muon")
+        self._known = {id(k.variable): k for k in _matrices(model)}
 
     def build(self, variables: Sequence[Any]) -> None:
-        if self.built:
-            return
         super().build(variables)
-        add = self.add_variable_from_reference
-        known = {id(k.variable): k for k in self._matrices}
+        known = self._known
         self._kernels = {
             i: known[id(v)] for i, v in enumerate(variables) if id(v) in known
         }
-        self._momenta = [add(v, name="momentum") for v in variables]
-        self._squares = {
-            i: add(v, name="velocity")
-            for i, v in enumerate(variables)
-            if i not in self._kernels
-        }
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        i, w = self._get_variable_index(variable), tensor(variable)
-        g = ops.cast(backend.value(gradient), w.dtype)
+        i = self._get_variable_index(variable)
         kernel = self._kernels.get(i)
-        step = self._adam(i, g) if kernel is None else self._muon(i, g, w, kernel)
-        step = ops.cast(learning_rate, w.dtype) * step
-        self.assign_sub(variable, ops.cast(step, variable.dtype))
-
-    def _muon(self, i: int, g: Any, w: Any, kernel: Kernel) -> Any:
-        m = self._average(self._momenta[i], g, MOMENTUM, 1.0)
+        if kernel is None:
+            super().update_step(gradient, variable, learning_rate)
+            return
+        slot, w = self._momentums[i], tensor(variable)
+        g = ops.cast(backend.value(gradient), w.dtype)
+        m = MOMENTUM * tensor(slot) + g
+        self.assign(slot, ops.cast(m, slot.dtype))
         u = orthogonal(kernel.columns(g + MOMENTUM * m))
         w = kernel.columns(w)
         length = ops.maximum(ops.norm(w), LEAST * w.shape[1] ** 0.5)
-        return kernel.from_columns(u * length / (ops.norm(u) + EPSILON))
-
-    def _adam(self, i: int, g: Any) -> Any:
-        first, second = BETAS
-        m = self._average(self._momenta[i], g, first, 1 - first)
-        v = self._average(self._squares[i], ops.square(g), second, 1 - second)
-        count = ops.cast(self.iterations + 1, g.dtype)
-        m, v = m / (1 - first**count), v / (1 - second**count)
-        return m / (ops.sqrt(v) + EPSILON)
-
-    def _average(self, slot: Any, new: Any, kept: float, added: float) -> Any:
-        value = kept * tensor(slot) + added * new
-        self.assign(slot, ops.cast(value, slot.dtype))
-        return value
+        rate = ops.cast(learning_rate, w.dtype) * length / (ops.norm(u) + EPSILON)
+        step = kernel.from_columns(rate * u)
+        self.assign_sub(variable, ops.cast(step, variable.dtype))
 
 
 def orthogonal(m: Any) -> Any:
@@ -112,8 +95,8 @@ def _matrices(model: Any) -> list[Kernel]:
     return [
         kernel
         for layer in model._flatten_layers()
-        if not isinstance(kernels := kernels_of(layer), Refusal)
+        if not isinstance(layer, (*DEPTHWISE, keras.layers.Embedding))
+        and not isinstance(kernels := own_kernels(layer), Refusal)
         for kernel in kernels
-        if not isinstance(kernel.layer, (*DEPTHWISE, keras.layers.Embedding))
-        and kernel.name != "depthwise_kernel"
+        if kernel.name != "depthwise_kernel"
     ]

@@ -600,6 +600,29 @@ def test_bad_data_is_refused_and_nothing_changed(case, method, rng):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"epochs": 0},
+        {"epochs": 1.5},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+    ],
+    ids=str,
+)
+def test_options_that_train_nothing_are_refused_and_nothing_changed(option, rng):
+    model = randomize(small_cnn(norms=1), rng)
+    student, pairs = swap(model, group_norm())
+    before = [np.copy(w) for w in student.get_weights()]
+    (name,) = option
+    with pytest.raises(KerasNormError, match=f"{name}="):
+        fit(model, student, pairs, images(rng), "distill", verbose=0, **option)
+    for old, new in zip(before, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_an_unknown_fit_is_refused(rng):
     with pytest.raises(KerasNormError, match=r"affine, refit, distill"):
         fit(None, None, [], None, "magic")

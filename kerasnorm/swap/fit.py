@@ -8,6 +8,8 @@ student's own inputs, so that it also makes up for what earlier sites lost.
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -103,11 +105,13 @@ def fit(
         verbose: False for no progress bar.
 
     Raises:
-        KerasNormError: unknown method; data that is empty, not finite or of the wrong
+        KerasNormError: unknown method; epochs or a batch size below 1, a learning rate
+            that is not positive; data that is empty, not finite or of the wrong
             shape; views that are not like the inputs, or outputs that have positions.
             Nothing has been changed then.
     """
     started = time.perf_counter()
+    _check(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
     inputs = prepare(teacher, data, method, samples=samples, memory=memory)
     views = checked_views(teacher, inputs, views)
     history, notes = {}, []
@@ -155,6 +159,22 @@ def fit(
         history,
         (*notes, *walk.notes),
     )
+
+
+def _check(learning_rate: float, **counts: int) -> None:
+    for name, value in counts.items():
+        if not (isinstance(value, numbers.Integral) and value >= 1):
+            raise KerasNormError(
+                "not a count",
+                got=f"{name}={value!r}",
+                expected="an integer of at least 1",
+            )
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise KerasNormError(
+            "not a learning rate",
+            got=f"learning_rate={learning_rate!r}",
+            expected="a finite number above 0",
+        )
 
 
 def prepare(

@@ -134,7 +134,7 @@ def table(original, rows):
     for swap, fit, images, accuracy, kept, seconds, passes in rows:
         cost = f"{seconds:.1f} | {passes:.1f}" if images else "0 | 0"
         lines.append(
-            f"| {swap} | {fit} | {images} | {accuracy:.2f} % | {kept:.1f} % | {cost} |"
+            f"| {swap} | {fit} | {images} | {accuracy:.2f} % | {kept:.2f} % | {cost} |"
         )
     return "\n".join(lines)
 
@@ -145,7 +145,7 @@ def verdicts(rows):
     for swap, fit, _, _, kept, _, passes in rows:
         target = TARGETS.get((swap.split(",")[0], fit))
         if target is not None and kept < target:
-            missed.append(f"{swap} {fit}: kept {kept:.1f} %, wanted {target} %")
+            missed.append(f"{swap} {fit}: kept {kept:.2f} %, wanted {target} %")
         if passes > LIMITS.get(fit, float("inf")):
             missed.append(f"{swap} {fit}: {passes:.1f} passes, at most {LIMITS[fit]}")
     return missed

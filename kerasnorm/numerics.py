@@ -189,35 +189,32 @@ def pool_groups(
     Returns:
         `(mean, variance)` of the group that each channel is in, `(..., channels)`.
     """
-    channels = mean.shape[-1]
-    if groups == channels:
+    if groups == mean.shape[-1]:
         return mean, variance
-    lead = ops.shape(mean)[:-1]
-    size = channels // groups
+    if not isinstance(weight, float):
+        weight = ops.broadcast_to(ops.cast(weight, mean.dtype), ops.shape(mean))
+    pooled = group_mean(mean, groups, weight)
+    return pooled, group_mean(variance + ops.square(mean - pooled), groups, weight)
+
+
+def group_mean(v: Tensor, groups: int, weight: Tensor | float = 1.0) -> Tensor:
+    """Mean over the group that each channel of `(..., channels)` is in, a value for
+    each channel, with weights of the same shape."""
+    shape, channels = ops.shape(v), v.shape[-1]
+    if groups == channels:
+        return v
 
     def split(v):
-        return ops.reshape(v, (*lead, groups, size))
-
-    def merge(v):
-        v = ops.broadcast_to(v, (*lead, groups, size))
-        return ops.reshape(v, (*lead, channels))
+        return ops.reshape(v, (*shape[:-1], groups, channels // groups))
 
     if isinstance(weight, float):
-
-        def average(v):
-            return ops.mean(v, axis=-1, keepdims=True)
-
+        pooled = ops.mean(split(v), axis=-1, keepdims=True)
     else:
-        weights = split(ops.broadcast_to(ops.cast(weight, mean.dtype), ops.shape(mean)))
-        total = ops.maximum(ops.sum(weights, axis=-1, keepdims=True), 1)
-
-        def average(v):
-            return ops.sum(v * weights, axis=-1, keepdims=True) / total
-
-    mean = split(mean)
-    pooled = average(mean)
-    spread = average(split(variance) + ops.square(mean - pooled))
-    return merge(pooled), merge(spread)
+        weight = split(weight)
+        total = ops.sum(split(v) * weight, axis=-1, keepdims=True)
+        pooled = total / ops.maximum(ops.sum(weight, axis=-1, keepdims=True), 1)
+    pooled = ops.broadcast_to(pooled, (*shape[:-1], groups, channels // groups))
+    return ops.reshape(pooled, shape)
 
 
 def scale_shift(

@@ -14,9 +14,11 @@ from keras import ops
 from kerasnorm import backend
 from kerasnorm.numerics import (
     elements,
+    group_mean,
     inverse_root,
     mean_variance,
     moments,
+    pool_groups,
     scale_shift,
 )
 
@@ -125,6 +127,54 @@ def samples(
             level = backend.mean(dy, (1,), n)
             dx = dy - unit * along
             gradients = [(dx - level if center else dx) * slope]
+            if gamma is not None:
+                gradients.append(ops.sum(along, (0, 1)) * n)
+            if beta is not None:
+                gradients.append(ops.sum(level, (0, 1)) * n)
+            return tuple(gradients)
+
+        return y, backward
+
+    return with_gradient(kernel, x, gamma=gamma, beta=beta)
+
+
+def groups(
+    x: Tensor,
+    groups: int,
+    epsilon: float,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """Normalizes groups of neighbouring channels of each sample of `(batch, positions,
+    channels)` by their own moments.
+
+    The gradient is written out: with h the normalized group and P its mean,
+    `dx = (w - P(w) - h P(w h)) / sigma`, `w = dy * gamma`. All of it follows from two
+    sums a channel, of dy and of dy x.
+
+    Args:
+        x: floating tensor.
+        groups: number of groups; divides the channels.
+        epsilon: added to the variance.
+        gamma, beta: `(channels,)`.
+    """
+
+    def kernel(x, gamma=None, beta=None):
+        n = elements(x, (1,))
+        mean, variance = pool_groups(*mean_variance(x, (1,), n), groups)
+        inverse = inverse_root(variance, epsilon)
+        y = scale_shift(x, mean, inverse, gamma, beta)
+
+        def backward(dy):
+            level = backend.mean(dy, (1,), n)
+            along = (backend.mean(dy * x, (1,), n) - mean * level) * inverse
+            slope, inner, outer = inverse, along, level
+            if gamma is not None:
+                slope, inner, outer = (v * gamma for v in (inverse, along, level))
+            factor = group_mean(inner, groups) * ops.square(inverse)
+            offset = mean * factor - group_mean(outer, groups) * inverse
+            slope, factor, offset = backend.apart(slope, factor, offset)
+            gradients = [dy * slope - (x * factor - offset)]
             if gamma is not None:
                 gradients.append(ops.sum(along, (0, 1)) * n)
             if beta is not None:

@@ -67,10 +67,13 @@ class GroupNormalization(Normalization):
             )
 
     def normalize(self, x, mask, training):
-        if x.shape[1] != 1 or mask is not None:
+        if mask is not None:
             return super().normalize(x, mask, training)
-        # One position: the groups are rows, and nothing needs pooling.
         gamma, beta = self.affine(x.dtype)
+        if x.shape[1] != 1:
+            groups = self._groups(x)
+            return standardize.groups(x, groups, self.epsilon, gamma, beta)
+        # One position: the groups are rows, and nothing needs pooling.
         rows = ops.reshape(x, (-1, x.shape[-1] // self._groups(x)))
         y = standardize.rows(rows, self.epsilon)
         y = ops.reshape(y, ops.shape(x))

@@ -126,12 +126,8 @@ def samples(
             along = backend.mean(dy * unit, (1,), n)
             level = backend.mean(dy, (1,), n)
             dx = dy - unit * along
-            gradients = [(dx - level if center else dx) * slope]
-            if gamma is not None:
-                gradients.append(ops.sum(along, (0, 1)) * n)
-            if beta is not None:
-                gradients.append(ops.sum(level, (0, 1)) * n)
-            return tuple(gradients)
+            dx = (dx - level if center else dx) * slope
+            return dx, *_of_channels(along, level, n, gamma, beta)
 
         return y, backward
 
@@ -174,16 +170,19 @@ def groups(
             factor = group_mean(inner, groups) * ops.square(inverse)
             offset = mean * factor - group_mean(outer, groups) * inverse
             slope, factor, offset = backend.apart(slope, factor, offset)
-            gradients = [dy * slope - (x * factor - offset)]
-            if gamma is not None:
-                gradients.append(ops.sum(along, (0, 1)) * n)
-            if beta is not None:
-                gradients.append(ops.sum(level, (0, 1)) * n)
-            return tuple(gradients)
+            dx = dy * slope - (x * factor - offset)
+            return dx, *_of_channels(along, level, n, gamma, beta)
 
         return y, backward
 
     return with_gradient(kernel, x, gamma=gamma, beta=beta)
+
+
+def _of_channels(along, level, n, gamma, beta):
+    """The gradients of those of gamma and beta that there are, from the means over the
+    `n` positions of each sample: of dy times the normalized input, and of dy."""
+    means = [along] * (gamma is not None) + [level] * (beta is not None)
+    return [ops.sum(v, (0, 1)) * n for v in means]
 
 
 def with_gradient(kernel: Callable, x: Tensor, **parameters: Tensor | None) -> Tensor:

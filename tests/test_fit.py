@@ -609,6 +609,7 @@ def test_bad_data_is_refused_and_nothing_changed(case, method, rng):
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},
+        {"learning_rate": "fast"},
     ],
     ids=str,
 )

@@ -169,7 +169,8 @@ def _check(learning_rate: float, **counts: int) -> None:
                 got=f"{name}={value!r}",
                 expected="an integer of at least 1",
             )
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+    number = isinstance(learning_rate, numbers.Real)
+    if not (number and learning_rate > 0 and math.isfinite(learning_rate)):
         raise KerasNormError(
             "not a learning rate",
             got=f"learning_rate={learning_rate!r}",

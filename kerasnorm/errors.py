@@ -1,7 +1,25 @@
-"""The error a kerasnorm user meets."""
+"""The error a kerasnorm user meets, and the check that most arguments need."""
+
+from __future__ import annotations
+
+import numbers
 
 from rewriters.errors import RewriteError
 
 
 class KerasNormError(RewriteError):
     """What happened, with which values, what was expected, how to mend it."""
+
+
+def count(name: str, value: object) -> int:
+    """The argument `name` as an `int`, if it counts something.
+
+    Raises:
+        KerasNormError: no whole number (`True` is none, a NumPy integer is) or below 1.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise KerasNormError(
+            f"{name} is no positive whole number", got=f"{name}={value!r}"
+        )
+    return int(value)

@@ -582,7 +582,7 @@ def test_outputs_that_are_no_classes():
 
 @pytest.mark.parametrize("what", [{"steps": 0}, {"restarts": 0}, {"steps": 1.5}])
 def test_bad_settings_of_attacks(what):
-    with pytest.raises(KerasNormError, match="at least one of"):
+    with pytest.raises(KerasNormError, match="no positive whole number"):
         adversarial.pgd(**what)
 
 

@@ -316,7 +316,7 @@ def test_the_model_is_untouched(images):
     [
         ({"methods": ["gruop"]}, "unknown normalization method"),
         ({"methods": []}, "no method"),
-        ({"batch_sizes": [0]}, "batch sizes"),
+        ({"batch_sizes": [0]}, "batch_sizes"),
         ({"learning_rates": [-1.0]}, "learning rates"),
         ({"momentum": 1.0}, "momentum"),
         ({"weights": "pretrained"}, "'fresh' or 'given'"),

@@ -18,7 +18,7 @@ from keras import ops, random
 from kerasnorm import programs
 from kerasnorm.adversarial.ball import Ball, Bounds, per_row
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 
 
 Tensor = Any
@@ -152,13 +152,7 @@ class Attack:
 
     def __post_init__(self) -> None:
         for what in ("steps", "restarts"):
-            value = getattr(self, what)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise KerasNormError(
-                    f"an attack needs at least one of {what}",
-                    got=f"{what}={value!r} for {self.name!r}",
-                    expected="a positive whole number",
-                )
+            object.__setattr__(self, what, count(what, getattr(self, what)))
 
     @property
     def judgements(self) -> int:

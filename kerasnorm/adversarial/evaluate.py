@@ -26,7 +26,7 @@ from kerasnorm.adversarial.reading import (
 )
 from kerasnorm.adversarial.square import square
 from kerasnorm.adversarial.victim import Victim, random_states
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.programs import Compiled
 from kerasnorm.swap.progress import Progress
 
@@ -124,13 +124,8 @@ class Evaluator:
         verbose: bool | int = True,
     ):
         self.attacks, self.norm, self.radii = read_settings(attacks, norm, eps)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-            batch_size = 0
-        if batch_size < 1:
-            raise KerasNormError(
-                "the batch size is no positive whole number", got=repr(batch_size)
-            )
-        self.bounds, self.batch_size, self.seed = bounds, batch_size, int(seed)
+        self.batch_size = count("batch_size", batch_size)
+        self.bounds, self.seed = bounds, int(seed)
         self.alone, self.keep, self.verbose = alone, keep, verbose
         self.jit = jit
         self.victim = Victim(

@@ -11,7 +11,7 @@ from kerasnorm import programs
 from kerasnorm.adversarial.attack import pick
 from kerasnorm.adversarial.ball import Ball, canonical
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 
 
 METHODS = ("pgd", "free")
@@ -90,15 +90,11 @@ class AdversarialTraining(keras.Model):
             raise KerasNormError(
                 "eps is no radius", got=repr(eps), expected="a number of at least 0"
             )
-        if min(steps, replays) < 1:
-            raise KerasNormError(
-                "training needs at least one step",
-                got=f"steps={steps}, replays={replays}",
-            )
         self.model, self.method, self.outputs_are = model, method, outputs
         self.norm, self.eps = canonical(norm), float(eps)
         self.bounds = (float(bounds[0]), float(bounds[1]))
-        self.steps, self.length, self.replays = steps, length, replays
+        self.steps, self.replays = count("steps", steps), count("replays", replays)
+        self.length = length
         self.seed = seed
         self.generator = keras.random.SeedGenerator(seed)
         self.victim = Victim(model, outputs=outputs)

@@ -19,7 +19,7 @@ from kerasnorm import replicas
 from kerasnorm.adversarial.evaluate import Evaluator
 from kerasnorm.adversarial.evaluation import Evaluation
 from kerasnorm.adversarial.reading import read_settings
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 
 
 class AdversarialEvaluation(keras.callbacks.Callback):
@@ -99,10 +99,8 @@ class AdversarialEvaluation(keras.callbacks.Callback):
             ("every", every),
             ("every_steps", every_steps),
         ):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise KerasNormError(
-                    f"{name} is no positive whole number", got=repr(value)
-                )
+            if value is not None:
+                count(name, value)
         if ema and model is not None:
             raise KerasNormError(
                 "either the average that the optimizer keeps, or another model",

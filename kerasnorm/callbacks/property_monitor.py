@@ -11,7 +11,7 @@ import numpy as np
 from keras.src.utils.io_utils import print_msg  # has no public name
 
 from kerasnorm import replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, Site
 
@@ -83,10 +83,8 @@ class PropertyMonitor(keras.callbacks.Callback):
     ):
         super().__init__()
         for name, value in (("every", every), ("every_steps", every_steps)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise KerasNormError(
-                    f"{name} is no positive whole number", got=repr(value)
-                )
+            if value is not None:
+                count(name, value)
         unknown = [name for name in layers if name not in Site.figures()]
         if unknown:
             raise KerasNormError(

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import count
 from kerasnorm.method import Case, declare
 from kerasnorm.normalization import BatchStatistics
 
@@ -58,13 +58,7 @@ class DecorrelatedBatchNormalization(BatchStatistics):
         **kwargs,
     ):
         super().__init__(axis, epsilon, center, scale, **kwargs)
-        if not isinstance(group_size, int) or group_size < 1:
-            raise KerasNormError(
-                "a group that cannot be",
-                got=f"group_size={group_size!r}",
-                expected="a positive integer",
-            )
-        self.group_size = group_size
+        self.group_size = count("group_size", group_size)
         self.momentum = float(momentum)
 
     def build(self, input_shape):

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import count
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.method import Case, declare
 
@@ -51,13 +51,7 @@ class GhostBatchNormalization(BatchNormalization):
         **kwargs,
     ):
         super().__init__(axis, momentum, epsilon, center, scale, **kwargs)
-        if not isinstance(ghost_batch_size, int) or ghost_batch_size < 1:
-            raise KerasNormError(
-                "a ghost batch that cannot be",
-                got=f"ghost_batch_size={ghost_batch_size!r}",
-                expected="a positive integer",
-            )
-        self.ghost_batch_size = ghost_batch_size
+        self.ghost_batch_size = count("ghost_batch_size", ghost_batch_size)
 
     def normalize(self, x, mask, training):
         training = training and self.trainable

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import adoption, moving_statistics
+from kerasnorm.errors import count
 from kerasnorm.layers import decorrelated
 from kerasnorm.layers.decorrelated import DecorrelatedBatchNormalization
 from kerasnorm.method import Case, declare
@@ -52,7 +53,7 @@ class IterativeNormalization(DecorrelatedBatchNormalization):
         **kwargs,
     ):
         super().__init__(group_size, axis, momentum, epsilon, center, scale, **kwargs)
-        self.iterations = iterations
+        self.iterations = count("iterations", iterations)
 
     def whitening(self, sigma):
         unit = ops.eye(sigma.shape[-1], dtype=sigma.dtype)

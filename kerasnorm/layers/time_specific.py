@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.method import Case, Reason, Refusal, declare
 from kerasnorm.normalization import BatchStatistics
 
@@ -64,13 +64,7 @@ class TimeSpecificBatchNormalization(BatchStatistics):
     ):
         super().__init__(axis, epsilon, center, scale, **kwargs)
         self.momentum = float(momentum)
-        self.max_steps = max_steps
-        if max_steps is not None and max_steps < 1:
-            raise KerasNormError(
-                f"{type(self).__name__} needs a time step",
-                got=f"max_steps={max_steps}",
-                expected="an integer of at least 1, or None",
-            )
+        self.max_steps = None if max_steps is None else count("max_steps", max_steps)
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kerasnorm import method as registry
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
 from kerasnorm.properties.confirm import Training, train
@@ -277,7 +277,7 @@ def compass(
     """
     started = time.perf_counter()
     chosen = _chosen(methods)
-    sizes = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)
+    sizes = np.ravel(batch_sizes).tolist()
     rates: list[Any] = (
         list(learning_rates)
         if isinstance(learning_rates, (Sequence, np.ndarray))
@@ -389,10 +389,10 @@ def _check(
         raise KerasNormError(
             "this is no momentum", got=repr(momentum), expected="a number in [0, 1)"
         )
-    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise KerasNormError(
-            "these are no batch sizes", got=repr(sizes), expected="positive integers"
-        )
+    if not sizes:
+        raise KerasNormError("there is no batch size", got="batch_sizes=[]")
+    for size in sizes:
+        count("batch_sizes", size)
     if not rates or not all(r is None or float(r) > 0 for r in rates):
         raise KerasNormError(
             "these are no learning rates", got=repr(rates), expected="positive numbers"

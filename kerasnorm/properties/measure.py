@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.method import Source, read
 from kerasnorm.properties import definitions as d
 from kerasnorm.properties.loss import summed_loss
@@ -184,10 +184,7 @@ def checked(
             fix="Open a saved one with kerasnorm.load.",
         )
     for name, value in (("batch_size", batch_size), ("samples", samples)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise KerasNormError(
-                f"this is no {name}", got=repr(value), expected="a positive integer"
-            )
+        count(name, value)
     inputs = reading.collect(model, x, None if y is not None else samples)
     if y is None:
         return inputs, []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.swap import data as reading
 from kerasnorm.swap.distill import checked_views, distill
 from kerasnorm.swap.progress import Progress
@@ -163,12 +163,7 @@ def fit(
 
 def _check(learning_rate: float, **counts: int) -> None:
     for name, value in counts.items():
-        if not (isinstance(value, numbers.Integral) and value >= 1):
-            raise KerasNormError(
-                "not a count",
-                got=f"{name}={value!r}",
-                expected="an integer of at least 1",
-            )
+        count(name, value)
     number = isinstance(learning_rate, numbers.Real)
     if not (number and learning_rate > 0 and math.isfinite(learning_rate)):
         raise KerasNormError(
@@ -198,5 +193,6 @@ def prepare(
         )
     if isinstance(data, reading.Inputs):
         return data
-    limit = None if method == "distill" else samples or SAMPLES[method]
+    wanted = SAMPLES[method] if samples is None else count("samples", samples)
+    limit = None if method == "distill" else wanted
     return reading.collect(model, data, limit, memory / 4)

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import backend, numerics
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, count
 from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE, convolve
 from kerasnorm.method import Case, declare
 from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
@@ -69,11 +69,11 @@ class SpectralNormalization(Reparametrized):
         **kwargs,
     ):
         super().__init__(layer, **kwargs)
-        if norm not in ("matrix", "convolution") or power_iterations < 1:
+        if norm not in ("matrix", "convolution"):
             raise KerasNormError(
-                "spectral normalization cannot do this",
-                got=f"norm={norm!r}, power_iterations={power_iterations!r}",
-                expected="norm='matrix' or 'convolution', and at least one iteration",
+                "spectral normalization knows no such norm",
+                got=f"norm={norm!r}",
+                expected="'matrix' or 'convolution'",
             )
         kinds = (*CONVOLUTIONS, *DEPTHWISE)
         if norm == "convolution" and not isinstance(layer, kinds):
@@ -83,7 +83,7 @@ class SpectralNormalization(Reparametrized):
                 expected="Conv1D to Conv3D, or a depthwise convolution",
                 fix="Leave `norm` at 'matrix', or leave this layer out with `where`.",
             )
-        self.power_iterations = power_iterations
+        self.power_iterations = count("power_iterations", power_iterations)
         self.norm = norm
         self.scale = scale
 

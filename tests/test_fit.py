@@ -606,6 +606,9 @@ def test_bad_data_is_refused_and_nothing_changed(case, method, rng):
         {"epochs": 0},
         {"epochs": 1.5},
         {"batch_size": 0},
+        {"samples": 0},
+        {"samples": -8},
+        {"samples": True},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},
@@ -654,7 +657,17 @@ def test_every_kind_of_source_gives_the_same_inputs(rng):
     for source in sources:
         found = reading.collect(model, source, 20)
         np.testing.assert_array_equal(found.arrays[0], x)
-    assert len(reading.collect(model, x, 7)) == 7
+    found = reading.collect(model, iter([x]), 7)
+    np.testing.assert_array_equal(found.arrays[0], x[:7])
+
+
+def test_few_samples_of_arrays_come_from_all_of_them():
+    """They may be sorted by class."""
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    x = np.arange(100.0)[:, None]
+    for data in (x, [x], (x, x)):
+        found = reading.collect(model, data, 4)
+        np.testing.assert_array_equal(found.arrays[0][:, 0], [0, 33, 66, 99])
 
 
 def test_a_stream_larger_than_memory_is_cut(rng):

@@ -88,7 +88,10 @@ def collect(
         _check_shapes(model, part)
     columns = [list(p) for p in zip(*parts, strict=True)]
     arrays = [np.concatenate(p) if len(p) > 1 else p[0] for p in columns]
-    arrays = [a[:samples] for a in arrays]
+    if batches is None:
+        arrays = _spread(arrays, samples)
+    else:
+        arrays = [a[:samples] for a in arrays]
     for name, a in zip(_names(model, len(arrays)), arrays, strict=True):
         _check_values(name, a)
     stream = None

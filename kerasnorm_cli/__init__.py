@@ -8,7 +8,8 @@ underscore is a command:
     EXAMPLES             lines for the end of `--help`
     arguments(parser)    adds what it takes
     check(args)          what is wrong with the arguments, or None; before any work
-    run(args)            `Outcome`: exit code, result for --json, lines to print
+    run(args)            `Outcome`: why nothing could be done, or None; result for
+                         --json; lines to print
 
 Their imports at the top are the standard library's and this package's; `run` imports
 what it needs. Results go to stdout, everything else to stderr. Exit codes: 0 done;
@@ -31,8 +32,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 
-# Exit code, result for --json, and lines to print.
-Outcome = tuple[int, dict[str, Any], list[str]]
+# Why nothing could be done, or None; result for --json; lines to print.
+Outcome = tuple[str | None, dict[str, Any], list[str]]
 
 DESCRIPTION = (
     "Change the normalization of a trained Keras model without losing what it learned."
@@ -80,14 +81,15 @@ def _run(args: argparse.Namespace) -> int:
     _import_keras()
     # Whatever a library prints must not end up in what a program reads.
     with contextlib.redirect_stdout(sys.stderr):
-        code, result, shown = args.run(args)
+        reason, result, shown = args.run(args)
     if args.json:
         print(json.dumps(result, indent=2, default=str))
     else:
         print(*shown, sep="\n")
-    if code:
-        _say("kerasnorm: nothing could be done, nothing was written.")
-    return code
+    if reason is None:
+        return 0
+    _say(f"kerasnorm: {reason}.")
+    return 1
 
 
 def _fail(args: argparse.Namespace, error: Exception) -> int:

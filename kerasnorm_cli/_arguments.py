@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-OUTPUT_SUFFIXES = (".keras", ".h5", ".hdf5")
+MODELS = (".keras", ".h5", ".hdf5")
+TEXTS = (".json", ".md")
+IMAGES = (".png", ".svg", ".pdf")
 
 
 def nothing(args: argparse.Namespace) -> str | None:
@@ -17,24 +20,28 @@ def nothing(args: argparse.Namespace) -> str | None:
     return None
 
 
-def check_output(args: argparse.Namespace) -> str | None:
-    """What is wrong with where the result should go, before any work is done."""
-    out: Path = args.out
-    if out.suffix not in OUTPUT_SUFFIXES:
-        return f"-o {out}: the name must end in {' or '.join(OUTPUT_SUFFIXES)}"
-    if not out.absolute().parent.is_dir():
-        return f"-o {out}: the folder {out.absolute().parent} does not exist"
-    if out.is_dir():
-        return f"-o {out} is a folder"
-    if out.exists() and args.model.exists() and out.samefile(args.model):
-        return f"-o {out} is the input: give another name, an input is never written"
-    return None
+def check_files(args: argparse.Namespace, **endings: Sequence[str]) -> str | None:
+    """What is wrong with the files to write, before any work is done.
 
-
-def check_plot(path: Path | None) -> str | None:
-    """What is wrong with asking for a figure."""
-    if path and importlib.util.find_spec("matplotlib") is None:
-        return "a figure needs matplotlib: pip install kerasnorm[plots]"
+    Args:
+        endings: how the path may end that the argument of this name gives.
+    """
+    inputs = [p for p in (args.model, getattr(args, "data", None)) if p and p.exists()]
+    for name, allowed in endings.items():
+        path: Path | None = getattr(args, name)
+        if path is None:
+            continue
+        given, folder = f"--{name} {path}", path.resolve().parent
+        if path.suffix not in allowed:
+            return f"{given}: the name must end in {' or '.join(allowed)}"
+        if not folder.is_dir():
+            return f"{given}: the folder {folder} does not exist"
+        if path.is_dir():
+            return f"{given} is a folder"
+        if path.exists() and any(map(path.samefile, inputs)):
+            return f"{given} is an input: give another name, an input is never written"
+        if path.suffix in IMAGES and importlib.util.find_spec("matplotlib") is None:
+            return f"{given}: a figure needs matplotlib: pip install kerasnorm[plots]"
     return None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shutil
 import sys
+import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,13 @@ def imported(reference: str) -> Any:
         ) from error
 
 
-def read_inputs(path: Path, model: keras.Model) -> Any:
-    """The array of a .npy file; of an .npz file, the one array, `x`, the arrays named
-    as the model's inputs, or `x0, x1, ...`."""
+def read_data(path: Path, model: keras.Model) -> tuple[list[Any], Any]:
+    """The inputs and the labels that a file holds.
+
+    Inputs are the array of an .npy file; of an .npz file, the one array, `x`, the
+    arrays named as the model's inputs, or `x0, x1, ...`. Labels are the array `y` of
+    an .npz file, None where there is none.
+    """
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if hasattr(loaded, "files") else {"x": loaded}
@@ -68,12 +74,26 @@ def read_inputs(path: Path, model: keras.Model) -> Any:
         choices += [["x"], list(arrays)] if len(arrays) == 1 else [["x"]]
     for wanted in choices:
         if wanted and set(wanted) <= set(arrays):
-            return [arrays[name] for name in wanted]
+            return [arrays[name] for name in wanted], arrays.get("y")
     raise RewriteError(
         "the data file does not say which array is which input",
         got=f"{path} with {', '.join(arrays) or 'no array'}",
         expected=", ".join(numbered) if len(names) > 1 else "one array, or one named x",
     )
+
+
+def write(*outputs: tuple[Path | None, Callable[[Path], Any]]) -> list[str]:
+    """Writes what has a path, each file whole or not at all; the lines that say so."""
+    asked = [(path, save) for path, save in outputs if path]
+    for path, save in asked:
+        target = path.resolve()  # a link stays, what it points to is replaced
+        with tempfile.TemporaryDirectory(prefix=".saving_", dir=target.parent) as near:
+            partial = Path(near, path.name)
+            save(partial)
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
+    return [f"saved {path}" for path, _ in asked]
 
 
 def describe(args: argparse.Namespace, model: keras.Model) -> dict[str, Any]:

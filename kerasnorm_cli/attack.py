@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kerasnorm_cli import Outcome
-from kerasnorm_cli._arguments import add_model, check_plot, positive
+from kerasnorm_cli._arguments import IMAGES, TEXTS, add_model, check_files, positive
 
 
 EXAMPLES = """
@@ -101,25 +101,13 @@ def _bounds(text: str) -> tuple[float, float] | None:
 
 
 def check(args: argparse.Namespace) -> str | None:
-    if args.report and args.report.suffix not in (".json", ".md"):
-        return f"--report {args.report}: the name must end in .json or .md"
-    if args.keep and args.keep.suffix != ".npz":
-        return f"--keep {args.keep}: the name must end in .npz"
-    for path in (args.report, args.plot, args.grid, args.keep):
-        if path and not path.absolute().parent.is_dir():
-            return f"{path}: the folder {path.absolute().parent} does not exist"
-        if path and any(
-            p.exists() and path.absolute() == p.absolute()
-            for p in (args.model, args.data)
-        ):
-            return f"{path} is an input: give another name, an input is never written"
-    return check_plot(args.plot or args.grid)
+    return check_files(args, report=TEXTS, plot=IMAGES, grid=IMAGES, keep=(".npz",))
 
 
 def run(args: argparse.Namespace) -> Outcome:
     from kerasnorm import adversarial
     from kerasnorm.adversarial.reading import read_settings
-    from kerasnorm_cli._work import describe, headline, read_model
+    from kerasnorm_cli._work import describe, headline, read_model, write
 
     # Names and radii are looked at before a model is loaded.
     read_settings(args.attacks, args.norm, args.eps)
@@ -142,32 +130,25 @@ def run(args: argparse.Namespace) -> Outcome:
         seed=args.seed,
         keep=bool(args.grid or args.keep),
     )
-    written = []
-    for path, write in (
+    written = write(
         (args.report, found.save),
         (args.plot, found.plot),
         (args.grid, found.grid),
         (args.keep, found.save),
-    ):
-        if path:
-            write(path)
-            written.append(path)
+    )
     described = describe(args, model)
     result = {"model": described, "evaluation": json.loads(found.to_json())}
-    shown = [headline(described), found.table()]
-    return 0, result, [*shown, *(f"saved {path}" for path in written)]
+    return None, result, [headline(described), found.table(), *written]
 
 
 def _data(path: Path, model: Any, samples: int | None) -> tuple[Any, Any]:
     """Inputs and classes of a file, evenly spaced where there are too many."""
     import numpy as np
 
-    from kerasnorm_cli._work import read_inputs
+    from kerasnorm_cli._work import read_data
     from rewriters import RewriteError
 
-    inputs = read_inputs(path, model)
-    with np.load(path, allow_pickle=False) as arrays:
-        y = arrays["y"] if hasattr(arrays, "files") and "y" in arrays.files else None
+    inputs, y = read_data(path, model)
     if y is None:
         raise RewriteError(
             "the data file has no classes", got=str(path), expected="an array named y"

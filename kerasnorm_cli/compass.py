@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kerasnorm_cli import Outcome
 from kerasnorm_cli._arguments import add_model, positive
-from kerasnorm_cli.measure import add_measured, labels, written
+from kerasnorm_cli.measure import add_measured
 from kerasnorm_cli.measure import check as check_report
 
 
@@ -71,14 +71,15 @@ def check(args: argparse.Namespace) -> str | None:
 
 def run(args: argparse.Namespace) -> Outcome:
     from kerasnorm.properties import compass
-    from kerasnorm_cli._work import read_inputs, read_model
+    from kerasnorm_cli._work import read_data, read_model, write
 
     model = read_model(args)
+    x, y = read_data(args.data, model)
     methods = args.methods
     found = compass(
         model,
-        read_inputs(args.data, model),
-        labels(args.data),
+        x,
+        y,
         methods="all" if methods == ["all"] else methods,
         batch_sizes=args.batch_size,
         learning_rates=args.learning_rate,
@@ -86,5 +87,6 @@ def run(args: argparse.Namespace) -> Outcome:
         confirm=args.confirm,
         samples=args.samples,
     )
-    code = 0 if found.best is not None else 1
-    return code, json.loads(found.to_json()), [str(found), *written(found, args.report)]
+    written = write((args.report, found.save))
+    reason = None if found.best else "no method is left to recommend"
+    return reason, json.loads(found.to_json()), [str(found), *written]

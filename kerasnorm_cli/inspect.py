@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Outcome:
         for name in (kerasnorm.methods() if result["sites"] else ())
         for plan in [kerasnorm.plan(model, name, site_map=site_map)]
     }
-    return 0, result, _show_inspection(result, args.all)
+    return None, result, _show_inspection(result, args.all)
 
 
 def _show_inspection(result: dict[str, Any], every: bool) -> list[str]:

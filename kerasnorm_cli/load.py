@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from kerasnorm_cli import Outcome
-from kerasnorm_cli._arguments import add_model, add_output, check_output
+from kerasnorm_cli._arguments import MODELS, add_model, add_output, check_files
 
 
 EXAMPLES = """
@@ -15,12 +15,13 @@ EXAMPLES = """
 """
 
 
-check = check_output
-
-
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_output(parser, required=True)
+
+
+def check(args: argparse.Namespace) -> str | None:
+    return check_files(args, out=MODELS)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -30,4 +31,4 @@ def run(args: argparse.Namespace) -> Outcome:
     model = read_model(args)
     saving.save(model, args.out, inputs=(args.model,))
     result = {**describe(args, model), "out": str(args.out)}
-    return 0, result, [headline(result), f"saved {args.out}"]
+    return None, result, [headline(result), f"saved {args.out}"]

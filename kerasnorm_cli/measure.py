@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from kerasnorm_cli import Outcome
-from kerasnorm_cli._arguments import add_model, positive
+from kerasnorm_cli._arguments import IMAGES, TEXTS, add_model, check_files, positive
 
 
 EXAMPLES = """
     kerasnorm measure model.keras --data images.npz
     kerasnorm measure model.keras --data images.npz --report properties.html
 """
-
-REPORTS = (".html", ".json", ".md", ".png", ".svg", ".pdf")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,39 +50,15 @@ def add_measured(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> str | None:
-    report = args.report
-    if report is None:
-        return None
-    if report.suffix not in REPORTS:
-        return f"--report {report}: the name must end in {', '.join(REPORTS)}"
-    if not report.absolute().parent.is_dir():
-        return f"--report {report}: the folder does not exist"
-    return None
+    return check_files(args, report=(".html", *TEXTS, *IMAGES))
 
 
 def run(args: argparse.Namespace) -> Outcome:
     from kerasnorm.properties import measure
-    from kerasnorm_cli._work import read_inputs, read_model
+    from kerasnorm_cli._work import read_data, read_model, write
 
     model = read_model(args)
-    x, y = read_inputs(args.data, model), labels(args.data)
+    x, y = read_data(args.data, model)
     found = measure(model, x, y, batch_size=args.batch_size, samples=args.samples)
-    return 0, json.loads(found.to_json()), [str(found), *written(found, args.report)]
-
-
-def labels(path: Path) -> Any:
-    """The array `y` of a file that has one."""
-    import numpy as np
-
-    if path.suffix != ".npz":
-        return None
-    with np.load(path, allow_pickle=False) as loaded:
-        return loaded["y"] if "y" in loaded.files else None
-
-
-def written(found: Any, report: Path | None) -> list[str]:
-    """Writes the report where one is asked for; the line that says so."""
-    if report is None:
-        return []
-    found.save(report)
-    return [f"saved {report}"]
+    written = write((args.report, found.save))
+    return None, json.loads(found.to_json()), [str(found), *written]

@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> Outcome:
     ]
     if args.name is not None:
         shown = [f"{field}: {_plain(value)}" for field, value in found[0].items()]
-        return 0, found[0], shown
+        return None, found[0], shown
     rows = [(m["name"], _plain(m["aliases"]), m["family"], m["summary"]) for m in found]
-    return 0, {"methods": found}, [render(("name", "also", "family", ""), rows)]
+    return None, {"methods": found}, [render(("name", "also", "family", ""), rows)]
 
 
 def _plain(value: str | list[str]) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 
 from kerasnorm_cli import Outcome
 from kerasnorm_cli._arguments import (
+    IMAGES,
+    MODELS,
+    TEXTS,
     add_model,
     add_output,
-    check_output,
-    check_plot,
+    check_files,
     positive,
     setting,
 )
@@ -86,22 +89,29 @@ def _groups(text: str) -> int | str:
 
 
 def check(args: argparse.Namespace) -> str | None:
-    if args.fit and not args.data:
-        return f"--fit {args.fit} needs --data: unlabelled inputs to solve on"
-    if args.dry_run:
-        return None
-    if args.out is None:
+    data = "--data: unlabelled inputs to solve on"
+    done = "a rewrite that is done, not --dry-run"
+    for option, given, needed, there in (
+        (f"--fit {args.fit}", args.fit, data, args.data),
+        ("--groups auto", args.groups == "auto", data, args.data),
+        ("--samples", args.samples, data, args.data),
+        ("--epochs", args.epochs, "--fit distill", args.fit == "distill"),
+        ("--report", args.report, done, not args.dry_run),
+        ("--plot", args.plot, done, not args.dry_run),
+    ):
+        if given and not there:
+            return f"{option} needs {needed}"
+    if args.out is None and not args.dry_run:
         return "give -o OUT.keras, or --dry-run to see what would be done"
-    if args.report and args.report.suffix not in (".json", ".md"):
-        return f"--report {args.report}: the name must end in .json or .md"
-    return check_plot(args.plot) or check_output(args)
+    return check_files(args, out=MODELS, report=TEXTS, plot=IMAGES)
 
 
 def run(args: argparse.Namespace) -> Outcome:
     import kerasnorm
-    from kerasnorm_cli._work import read_inputs, read_model
+    from kerasnorm_cli._work import read_data, read_model, write
     from rewriters import saving
 
+    _check_arguments(args)
     model = read_model(args)
     plan = kerasnorm.plan(
         model,
@@ -114,21 +124,36 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     if args.dry_run or not plan.steps:
         result = {"plan": json.loads(plan.to_json()), "out": None}
-        return (0 if plan.steps else 1), result, [str(plan)]
+        reason = "nothing could be done, nothing was written"
+        return None if plan.steps else reason, result, [str(plan)]
     options = {"samples": args.samples, "epochs": args.epochs}
     new, report = kerasnorm.rewrite(
         model,
         plan,
-        data=read_inputs(args.data, model) if args.data else None,
+        data=read_data(args.data, model)[0] if args.data else None,
         fit=args.fit,
         fit_options={k: v for k, v in options.items() if v is not None},
         return_report=True,
     )
     saving.save(new, args.out, inputs=(args.model,))
-    written = [args.out]
-    for path, write in ((args.report, report.save), (args.plot, report.plot)):
-        if path:
-            write(path)
-            written.append(path)
+    written = write((args.report, report.save), (args.plot, report.plot))
     result = {"report": json.loads(report.to_json()), "out": str(args.out)}
-    return 0, result, [report.table(), *(f"saved {path}" for path in written)]
+    return None, result, [report.table(), f"saved {args.out}", *written]
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Refuses to `--set` what is an argument of `kerasnorm.plan` itself."""
+    import kerasnorm
+
+    own = inspect.signature(kerasnorm.plan).parameters
+    usage = args.parser.format_usage()
+    for name, value in args.set:
+        if name in own:
+            option = f"--{name}"
+            raise kerasnorm.KerasNormError(
+                "--set is for arguments of the new layers",
+                got=f"{name}={value!r}",
+                fix=f"Give {option}"
+                if option in usage
+                else "`kerasnorm rewrite --help` shows what else can be given",
+            )

@@ -97,8 +97,8 @@ def test_help_and_mistakes_answer_before_keras_is_imported():
         (["swap"], "invalid choice"),
         (["rewrite", "model.keras"], "method"),
         (["rewrite", "model.keras", "gn"], "give -o OUT.keras"),
-        (["rewrite", "model.keras", "gn", "-o", "model.keras"], "is the input"),
-        (["rewrite", "model.keras", "gn", "-o", "./a/../model.keras"], "is the input"),
+        (["rewrite", "model.keras", "gn", "-o", "model.keras"], "is an input"),
+        (["rewrite", "model.keras", "gn", "-o", "./a/../model.keras"], "is an input"),
         (["rewrite", "model.keras", "gn", "-o", "gn.txt"], "must end in"),
         (["rewrite", "model.keras", "gn", "-o", "no/gn.keras"], "does not exist"),
         (["rewrite", "model.keras", "gn", "-o", "o.keras", "--groups", "0"], "groups"),
@@ -109,18 +109,37 @@ def test_help_and_mistakes_answer_before_keras_is_imported():
             ["rewrite", "model.keras", "gn", "-o", "o.keras", "--report", "r.txt"],
             ".json or .md",
         ),
+        ("rewrite model.keras gn -o o.keras --report no/r.md".split(), "not exist"),
+        ("rewrite model.keras gn -o o.keras --plot no/p.png".split(), "not exist"),
+        ("rewrite model.keras gn -o o.keras --plot p.xyz".split(), "must end in"),
+        ("rewrite model.keras gn -o o.keras --samples 4".split(), "needs --data"),
+        ("rewrite model.keras gn -o o.keras --groups auto".split(), "needs --data"),
+        (
+            "rewrite model.keras gn -o o.keras --data x.npz --epochs 2".split(),
+            "needs --fit distill",
+        ),
+        ("rewrite model.keras gn --dry-run --report r.md".split(), "not --dry-run"),
+        ("rewrite model.keras gn --dry-run --plot p.png".split(), "not --dry-run"),
+        ("attack model.keras --data x.npz --plot p.xyz".split(), "must end in"),
+        ("attack model.keras --data x.npz --grid no/g.png".split(), "does not exist"),
+        ("attack model.keras --data x.npz --keep a/../x.npz".split(), "is an input"),
+        ("attack model.keras --data x.npz --keep link.npz".split(), "is an input"),
+        ("measure model.keras --data x.npz --report link.md".split(), "is an input"),
+        ("load link.keras -o model.keras".split(), "is an input"),
         (["load", "model.keras"], "-o"),
-        (["load", "model.keras", "-o", "model.keras"], "is the input"),
+        (["load", "model.keras", "-o", "model.keras"], "is an input"),
         (["load", "model.keras", "-o", "a.keras", "--custom", "Layer"], "MODULE"),
     ],
 )
 def test_wrong_command_lines(words, says, here, capsys):
     (here / "a").mkdir()
+    for name, target in ("npz", "x.npz"), ("md", "x.npz"), ("keras", "model.keras"):
+        (here / f"link.{name}").symlink_to(target)
     before = {p.name: p.read_bytes() for p in here.iterdir() if p.is_file()}
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
-    assert stop.value.code == 2
-    assert says in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and says in shown.err and not shown.out
     assert before == {p.name: p.read_bytes() for p in here.iterdir() if p.is_file()}
 
 
@@ -246,6 +265,9 @@ def test_nothing_to_do(words, here, capsys):
             "NaN",
         ),
         (["load", "model.keras", "-o", "o.keras", "--custom", "no_such:C"], "no_such"),
+        ("rewrite model.keras gn -o o.keras --set groups=4".split(), "Give --groups"),
+        ("rewrite model.keras gn -o o.keras --set model=4".split(), "--help` shows"),
+        ("attack model.keras --data x.npy".split(), "no classes"),
     ],
 )
 def test_errors_are_one_message(words, says, here, capsys):
@@ -256,6 +278,28 @@ def test_errors_are_one_message(words, says, here, capsys):
     assert not (here / "o.keras").exists()
     code, result = run_json(capsys, *words)
     assert code == 1 and set(result) == {"error"} and result["error"]["what"]
+
+
+def test_compass_without_a_method_left(here, capsys, monkeypatch):
+    monkeypatch.setattr("kerasnorm.properties.Compass.best", None)
+    words = "compass model.keras --data x.npy --samples 8 --methods in --report c.json"
+    assert cli.main(words.split()) == 1
+    shown = capsys.readouterr()
+    assert "no method is left" in shown.err and "nothing was written" not in shown.err
+    assert "saved c.json" in shown.out and (here / "c.json").exists()
+
+
+def test_a_report_appears_whole_or_not_at_all(here, monkeypatch):
+    def broken(self, path):
+        path.write_text("half")
+        raise OSError("no space left")
+
+    words = "rewrite model.keras gn --groups 4 -o o.keras --report r.md".split()
+    assert cli.main(words) == 0
+    before = (here / "r.md").read_bytes()
+    monkeypatch.setattr("kerasnorm.swap.report.Report.save", broken)
+    assert cli.main(words) == 1
+    assert (here / "r.md").read_bytes() == before and not [*here.glob(".saving_*")]
 
 
 def test_debug_shows_where_it_came_from(here):

@@ -192,6 +192,8 @@ def make(
     """
     layer = site.layer
     given = {k: v for k, v in options.arguments.items() if k not in arguments}
+    if "axis" in arguments and "axis" in options.arguments:
+        _same_axis(arguments["axis"], options.arguments["axis"], site)
     arguments = {"axis": source.axis, "epsilon": source.epsilon, **arguments, **given}
     carried = {k: v for k, v in source.config.items() if k in CARRIED}
     accepted = _accepted(cls)
@@ -209,6 +211,22 @@ def make(
         )
     carried = {k: v for k, v in carried.items() if k in accepted}
     return in_place_of(layer, cls, **{**carried, **arguments})
+
+
+def _same_axis(axis: Any, given: Any, site: Site) -> None:
+    """Refuses an axis that is not the one the replaced layer asks for."""
+    rank = next((len(shape) for shape in shapes(site)), 1)
+    try:
+        wanted, got = ({a % rank for a in np.ravel(v).tolist()} for v in (axis, given))
+    except TypeError:
+        wanted, got = {axis}, None
+    if wanted != got:
+        raise KerasNormError(
+            f"the axis follows from the layer that is replaced, {site.path!r}",
+            got=f"axis={given!r}",
+            expected=f"axis={axis!r}",
+            fix="Leave it away.",
+        )
 
 
 def in_place_of(layer: Layer, cls: type[Layer], *args: Any, **arguments: Any) -> Layer:

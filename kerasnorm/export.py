@@ -14,11 +14,12 @@ import numpy as np
 from kerasnorm import adoption, moving_statistics
 from kerasnorm.method import Options, Source, get, read
 from kerasnorm.reparametrized import Reparametrized
-from kerasnorm.swap.apply import require_equal
+from kerasnorm.swap.apply import verify
 from kerasnorm.swap.plan import opened
-from rewriters.compare import compare, outputs, random_inputs
+from rewriters.compare import outputs
 from rewriters.edit import edit
 from rewriters.graph import SiteMap
+from rewriters.saving import check_target, save
 
 
 def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
@@ -47,7 +48,9 @@ def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
     >>> type(kerasnorm.export(model).layers[0]).__name__
     'Dense'
     """
-    path = os.fspath(model) if not isinstance(model, keras.Layer) else None
+    path = model if isinstance(model, (str, os.PathLike)) else None
+    if out is not None:
+        check_target(out, inputs=(path,))
     model = opened(model)
     site_map = SiteMap(model)
     edits: dict[str, Any] = {}
@@ -67,14 +70,9 @@ def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
     for site_path, fold in zip(edits, after, strict=True):
         old = site_map[site_path].layer
         fold(old, edited.new(old))
-    if edits:
-        x = random_inputs(model)
-        compared = compare(model, edited.model, x)
-        require_equal("the export", model, compared, x)
+    verify(model, edited.model, "the export")
     if out is not None:
-        from rewriters.saving import save
-
-        save(edited.model, out, inputs=() if path is None else (path,))
+        save(edited.model, out, inputs=(path,))
     return edited.model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,7 +44,7 @@ def compare(
     """Runs two models on the same inputs, in inference mode.
 
     Args:
-        first: a model.
+        first: a model, or the outputs it gave, see `outputs`.
         second: another with the same inputs and outputs.
         x: array, or list or dict of arrays; random inputs that suit the first model
             when None (standard normal; small integers for integer inputs and in
@@ -59,7 +60,8 @@ def compare(
         raise RewriteError(
             "nothing to compare two models on", got="0 samples", expected="at least one"
         )
-    ours, theirs = outputs(first, x), outputs(second, x)
+    ours = first if isinstance(first, list) else outputs(first, x)
+    theirs = outputs(second, x)
     if [y.shape for y in ours] != [y.shape for y in theirs]:
         raise RewriteError(
             "the two models have outputs of other shapes",
@@ -137,9 +139,14 @@ def _gaps(ours: Sequence[Any], theirs: Sequence[Any]) -> list[tuple[float, float
 
 
 def outputs(model: Any, x: Any, training: bool = False) -> list[Any]:
-    """Flat list of a model's outputs as float32 arrays."""
+    """Flat list of a model's outputs as float32 arrays.
+
+    What the call assigns, such as the states of a stateful recurrent layer, is as it
+    was afterwards.
+    """
     inputs = tree.map_structure(keras.ops.convert_to_tensor, x)
-    result = tree.flatten(model(inputs, training=training))
+    with keras.StatelessScope() if model.built else contextlib.nullcontext():
+        result = tree.flatten(model(inputs, training=training))
     return [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in result]
 
 

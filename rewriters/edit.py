@@ -116,7 +116,7 @@ class _Copier:
     ):
         self.replaced, self.drops = replaced, drops
         self.memo: dict[int, tuple[Any, Any]] = {}
-        self.classes = _classes(root, site_map)
+        self.classes = custom_objects_of(site_map)
         # A layer needs its inside rebuilt when an edit, or a layer that is also held
         # elsewhere, lies within.
         self.special = {id(s.layer) for s in site_map if len(s.paths) > 1}
@@ -158,6 +158,10 @@ class _Copier:
             config = layer.get_config()
         except NotImplementedError:
             return self._replica(layer)
+        for key in ("activation", "recurrent_activation"):
+            function = getattr(layer, key, None)
+            if key in config and _is_own_function(function):
+                config[key] = function  # its name may be that of one of Keras
         try:
             with keras.saving.custom_object_scope(self.classes):
                 new = construct(type(layer), config)
@@ -320,6 +324,10 @@ def accepted(
     return kept
 
 
+def _is_own_function(x: Any) -> bool:
+    return isinstance(x, types.FunctionType) and not x.__module__.startswith("keras.")
+
+
 def _same_names(old: Any, new: Any) -> None:
     """Layers a constructor makes are named afresh; give them the names they had."""
     if new.name != old.name:
@@ -347,10 +355,10 @@ def _copy_lambda(layer: Any) -> Any:
     return new
 
 
-def _classes(root: Any, site_map: SiteMap) -> dict[str, Any]:
-    """Custom classes and functions of the model, by the names configs use."""
+def custom_objects_of(site_map: SiteMap) -> dict[str, Any]:
+    """Custom classes and functions of a model, by the names configs use."""
     found = {}
-    for layer in [root, *(s.layer for s in site_map)]:
+    for layer in [site_map.model, *(s.layer for s in site_map)]:
         for x in (layer, *vars(layer).values()):
             x = x if isinstance(x, (type, types.FunctionType)) else type(x)
             x = vars(x).get("_original", x)

@@ -42,8 +42,8 @@ def save(
         RewriteError: before anything is written, if `path` cannot be the target;
             after it, with nothing left behind, if the model cannot be saved.
     """
+    check_target(path, inputs=inputs, overwrite=overwrite)
     target = pathlib.Path(path)
-    _check(target, inputs, overwrite)
     target = target.resolve()  # a link stays, what it points to is replaced
     folder = pathlib.Path(tempfile.mkdtemp(prefix=".saving_", dir=target.parent))
     try:
@@ -66,7 +66,18 @@ def save(
     return pathlib.Path(path)
 
 
-def _check(target: pathlib.Path, inputs: Iterable[Any], overwrite: bool) -> None:
+def check_target(
+    path: str | os.PathLike[str],
+    *,
+    inputs: Iterable[Any] = (),
+    overwrite: bool = True,
+) -> None:
+    """Refuses what `save` would refuse of these arguments before it writes.
+
+    Raises:
+        RewriteError: `path` cannot be the target.
+    """
+    target = pathlib.Path(path)
     if target.suffix not in SUFFIXES:
         raise RewriteError(
             "The file's name does not tell its format",

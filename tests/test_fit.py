@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import kerasnorm
 from kerasnorm.errors import KerasNormError
 from kerasnorm.swap import data as reading
 from kerasnorm.swap import solve
@@ -580,6 +581,8 @@ def bad_data(x):
         "rank": (x[0], "does not fit"),
         "scalar": (np.float32(3), "number"),
         "strings": (np.full(x.shape, "a"), "no numbers"),
+        "objects": (x.astype(object), "no numbers"),
+        "uneven": ([x.tolist(), x[:2].tolist()], "no array"),
         "two inputs": ([x, x], "number of inputs"),
         "keys": ({"picture": x}, "lacks inputs"),
         "kind": (object(), "cannot read"),
@@ -613,6 +616,9 @@ def test_bad_data_is_refused_and_nothing_changed(case, method, rng):
         {"learning_rate": float("nan")},
         {"learning_rate": float("inf")},
         {"learning_rate": "fast"},
+        {"memory": 0},
+        {"seed": 1.5},
+        {"augment": "flip"},
     ],
     ids=str,
 )
@@ -684,3 +690,127 @@ def test_inputs_by_name_reach_the_right_place(rng):
     found = reading.collect(model, x)
     np.testing.assert_array_equal(found.arrays[0], x["b"])
     np.testing.assert_array_equal(model(found.pack(found.arrays)).shape, (4, 5))
+
+
+def test_batches_of_unlike_lengths_are_refused(rng):
+    model = keras.Sequential([keras.Input((None, 3)), layers.Dense(2)])
+    batches = (rng.normal(size=(4, n, 3)) for n in (5, 6))
+    with pytest.raises(KerasNormError, match="differ in more than"):
+        reading.collect(model, batches, 8)
+
+
+def test_an_endless_source_is_cut_and_said_so(rng):
+    x = images(rng, 16)
+
+    class Endless(keras.utils.PyDataset):
+        @property
+        def num_batches(self):
+            return None
+
+        def __getitem__(self, k):
+            return (x,)
+
+    model = randomize(small_cnn(norms=1), rng)
+    student, pairs = swap(model, group_norm())
+    memory = 16 * x.nbytes
+    done = fit(
+        model, student, pairs, Endless(), "distill", memory=memory, epochs=1, verbose=0
+    )
+    assert any("samples were used" in note for note in done.notes)
+
+
+def test_integers_are_seen_as_the_model_sees_them(rng):
+    """Plain operators on bytes would wrap around."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="conv")((inputs * 2 - 255) / 128)
+    model = randomize(keras.Model(inputs, layers.BatchNormalization(name="bn")(x)), rng)
+    bytes_ = rng.integers(0, 256, (32, 8, 8, 3)).astype("uint8")
+    gammas = []
+    for data in (bytes_, bytes_.astype("float32")):
+        student, pairs = swap(model, group_norm())
+        fit(model, student, pairs, data, verbose=0)
+        gammas.append(keras.ops.convert_to_numpy(student.get_layer("bn").gamma))
+    np.testing.assert_array_equal(*gammas)
+
+
+def test_what_is_left_out_for_memory_is_not_the_end_of_sorted_data(rng):
+    """Half of the samples are dark, and come last."""
+    x = images(rng, 400)
+    x[200:] += 20
+    model = randomize(small_cnn(norms=1), rng)
+    student, pairs = swap(model, group_norm())
+    largest = 4 * 8 * 8 * 8
+    done = fit(model, student, pairs, x, memory=100 * 6 * largest, verbose=0)
+    assert done.samples < 200 and done.notes
+    shuffled, pairs = swap(model, group_norm())
+    fit(model, shuffled, pairs, rng.permutation(x), verbose=0)
+    assert error(model, student, x) < 2 * error(model, shuffled, x)
+
+
+def test_constraints_hold_after_a_fit(rng):
+    inputs = keras.Input((6,))
+    x = layers.Dense(8, kernel_constraint="non_neg", name="dense")(inputs)
+    x = layers.BatchNormalization(gamma_constraint="non_neg", name="bn")(x)
+    model = randomize(keras.Model(inputs, x), rng)
+    kernel = model.get_layer("dense").kernel
+    kernel.assign(keras.ops.abs(kernel))
+    student, pairs = swap(
+        model,
+        lambda old: layers.LayerNormalization(
+            name=old.name, gamma_constraint="non_neg"
+        ),
+    )
+    fit(model, student, pairs, rng.normal(size=(64, 6)), "refit", verbose=0)
+    for v in (student.get_layer("dense").kernel, student.get_layer("bn").gamma):
+        assert keras.ops.convert_to_numpy(v).min() >= 0
+
+
+def test_a_list_of_inputs_is_distilled(rng):
+    a, b = keras.Input((4,), name="a"), keras.Input((4,), name="b")
+    x = layers.Dense(8, name="dense")(layers.Concatenate()([a, b]))
+    model = randomize(keras.Model([a, b], layers.BatchNormalization(name="bn")(x)), rng)
+    student, pairs = swap(model, lambda old: layers.LayerNormalization(name=old.name))
+    data = list(rng.normal(size=(2, 64, 4)))
+    done = fit(model, student, pairs, data, "distill", epochs=1, verbose=0)
+    assert len(done.history["loss"]) == 1
+
+
+def test_probabilities_without_an_axis_are_distilled(rng):
+    inputs = keras.Input((4,))
+    x = layers.BatchNormalization(name="bn")(layers.Dense(8, name="dense")(inputs))
+    x = layers.Dense(1, activation="sigmoid", name="head")(x)
+    model = randomize(keras.Model(inputs, layers.Reshape(())(x)), rng)
+    student, pairs = swap(model, lambda old: layers.LayerNormalization(name=old.name))
+    data = rng.normal(size=(64, 4))
+    done = fit(model, student, pairs, data, "distill", epochs=1, verbose=0)
+    assert np.isfinite(done.history["loss"]).all()
+
+
+def test_gamma_and_beta_that_are_not_the_last_are_left_alone(rng):
+    """Batch normalization with its gamma and beta, then group normalization."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.BatchNormalization(name="bn")(layers.Conv2D(8, 3, name="conv")(inputs))
+    model = randomize(keras.Model(inputs, x), rng)
+    new, report = kerasnorm.rewrite(
+        model,
+        "batch_then_group",
+        data=images(rng),
+        fit="affine",
+        return_report=True,
+        verbose=False,
+    )
+    (site,) = report.fit.sites
+    assert "not fitted" in site.note
+    old = model.get_layer("bn").gamma
+    np.testing.assert_array_equal(new.get_layer("bn").gamma, old)
+
+
+@pytest.mark.parametrize("method", ["batch_layer", "time_specific"])
+def test_statistics_of_several_steps_begin_with_those_of_all(method, rng):
+    inputs = keras.Input((7, 4))
+    x = layers.LayerNormalization(name="ln")(layers.Dense(8, name="dense")(inputs))
+    model = keras.Model(inputs, x)
+    new = kerasnorm.rewrite(
+        model, method, data=rng.normal(3, 1, (32, 7, 4)), fit="affine", verbose=False
+    )
+    assert np.any(keras.ops.convert_to_numpy(new.get_layer("ln").moving_mean))

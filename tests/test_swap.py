@@ -17,6 +17,7 @@ from keras import layers
 import kerasnorm
 import rewriters
 from kerasnorm.method import Fidelity, Source, get, read
+from kerasnorm.swap.apply import verify
 from rewriters.compare import outputs
 
 
@@ -129,6 +130,15 @@ def test_a_plan_can_be_carried_out_later():
     assert rewriters.compare(new, kerasnorm.rewrite(model, "gn", groups=2)).max_abs == 0
     with pytest.raises(kerasnorm.KerasNormError, match="another model"):
         kerasnorm.rewrite(zoo.ZOO["subclassed"](), plan)
+    with pytest.raises(kerasnorm.KerasNormError, match="says already"):
+        kerasnorm.rewrite(model, plan, where="nothing*")
+    with pytest.raises(kerasnorm.KerasNormError, match="says already"):
+        kerasnorm.rewrite(model, plan, epsilon=1.0)
+    other = keras.Sequential([keras.Input((8, 8, 3))])
+    for layer in model.layers[1:]:
+        other.add(layers.Activation("linear", name=layer.name))
+    with pytest.raises(kerasnorm.KerasNormError, match="another model"):
+        kerasnorm.rewrite(other, plan)
     with pytest.raises(kerasnorm.KerasNormError, match="not a plan"):
         kerasnorm.Plan.from_json("{}")
 
@@ -150,13 +160,40 @@ def test_there_and_back_is_exact():
         ({"method": "gn", "layers": "torch"}, "'auto', 'keras' or 'kerasnorm'"),
         ({"method": "gn", "fit": "magic"}, "unknown fit"),
         ({"method": "gn", "fit": "affine"}, "needs data"),
-        ({"method": "gn", "out": "/no/such/folder/x.keras"}, "does not exist"),
+        ({"method": "gn", "groups": "auto"}, "needs data"),
+        ({"method": "gn", "groups": 2.0}, "no number of groups"),
+        ({"method": "gn", "axis": 1}, "axis follows from"),
+        ({"method": "gn", "epsilon": -1.0}, "no epsilon"),
+        ({"method": "gn", "epsilon": "small"}, "no epsilon"),
+        ({"method": "gn", "where": ["bn0"]}, "selects no layers"),
+        ({"method": "gn", "cells": 3}, "cells are swapped or not"),
+        ({"method": "gn", "fit_options": {"epochs": 3}}, "options of a fit and no fit"),
+        ({"method": "gn", "fit_options": {"epoch": 3}}, "no options of a fit"),
+        ({"method": "gn", "fit_options": {"groups": 3}}, "no options of a fit"),
+        ({"method": "gn", "fit_options": ["epochs"]}, "no options of a fit"),
+        ({"method": "gn", "fit_options": {"memory": "2GB"}}, "not a memory"),
+        ({"method": "gn", "fit_options": {"augment": 3}}, "not a function"),
+        ({"method": "gn", "fit_options": {"seed": -1}}, "not a seed"),
+        ({"method": "none", "data": np.full((4, 8, 8, 3), np.nan)}, "NaN"),
     ],
 )
 def test_bad_arguments_are_one_clear_error(arguments, text):
     model = zoo.ZOO["plain_functional"]()
     with pytest.raises(kerasnorm.KerasNormError, match=text):
         kerasnorm.rewrite(model, **arguments)
+
+
+@pytest.mark.parametrize("out", ["/no/such/folder/x.keras", "x.pb"])
+def test_a_target_that_cannot_be_is_refused_before_any_work(out):
+    def unread():
+        raise AssertionError("the data was read")
+        yield
+
+    model = zoo.ZOO["plain_functional"]()
+    with pytest.raises(rewriters.RewriteError, match=r"no such folder|tell its format"):
+        kerasnorm.rewrite(model, "gn", data=unread(), out=out)
+    with pytest.raises(rewriters.RewriteError, match=r"no such folder|tell its format"):
+        kerasnorm.export(model, out=out)
 
 
 def test_a_subclass_with_a_call_of_its_own_is_refused():
@@ -186,7 +223,7 @@ def test_rewriting_a_file_saves_a_file_that_needs_keras_only(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     expected = outputs(new, x)[0]
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
-    with pytest.raises(kerasnorm.KerasNormError, match="overwrite"):
+    with pytest.raises(rewriters.RewriteError, match="file that was read"):
         kerasnorm.rewrite(source, "gn", out=source)
 
 
@@ -218,3 +255,64 @@ def test_a_forced_training_mode_is_refused():
     x = layers.BatchNormalization(name="bn")(layers.Dense(4)(inputs), training=True)
     plan = kerasnorm.plan(keras.Model(inputs, x), "none")
     assert not plan.steps and plan.refused
+
+
+def twice(x):
+    return 2 * x
+
+
+def test_functions_of_the_model_in_a_layer_that_is_made_anew():
+    """They are neither registered nor given: the model holds them."""
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(4, activation=twice, kernel_initializer="ones"),
+            layers.BatchNormalization(name="bn"),
+            layers.Dense(4, activation=twice),
+        ]
+    )
+    for method in ("none", "wn"):
+        new = kerasnorm.rewrite(model, method)
+        assert rewriters.compare(model, new).relative < 1e-5
+
+
+def test_an_exact_step_that_overflows_is_an_error():
+    """A kernel that float16 cannot hold: the original's outputs are finite."""
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Rescaling(1e-4),
+            layers.Dense(4, kernel_initializer=keras.initializers.Constant(9.0)),
+            layers.BatchNormalization(epsilon=1e-7, gamma_initializer="ones"),
+        ]
+    )
+    norm = model.layers[-1]
+    norm.set_weights([np.full(4, 10.0), np.zeros(4), np.zeros(4), np.full(4, 1e-7)])
+    half = keras.Sequential.from_config(model.get_config())
+    for layer in half.layers:
+        layer.dtype_policy = "mixed_float16"
+    half.set_weights(model.get_weights())
+    with pytest.raises(kerasnorm.KerasNormError, match="should be exact"):
+        kerasnorm.rewrite(half, "none")
+
+
+def test_a_model_that_cannot_run_after_an_exact_step_is_an_error():
+    model = zoo.ZOO["plain_functional"]()
+    plan = kerasnorm.plan(model, "none")
+    wrong = keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten()])
+    with pytest.raises(rewriters.RewriteError, match="other shapes"):
+        verify(model, wrong, plan.method)
+
+
+def test_the_states_of_a_recurrent_layer_are_left_alone():
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(4, 5, 3)),
+            layers.LSTM(4, stateful=True, return_sequences=True),
+            layers.Dense(3),
+            layers.BatchNormalization(),
+        ]
+    )
+    new = kerasnorm.rewrite(model, "none")
+    for state in (*model.layers[0].states, *new.layers[0].states):
+        assert not np.any(keras.ops.convert_to_numpy(state))

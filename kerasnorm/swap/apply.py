@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -13,11 +13,11 @@ import numpy as np
 
 from kerasnorm import recurrent
 from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Method, get, read
+from kerasnorm.method import Edit, Method, get, read
 from kerasnorm.swap.plan import Plan, opened, plan
 from kerasnorm.swap.report import Report
-from rewriters.compare import Comparison, compare, random_inputs, rounding
-from rewriters.edit import Edited, edit
+from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
+from rewriters.edit import Edited, custom_objects_of, edit
 from rewriters.graph import Site, SiteMap
 
 
@@ -92,30 +92,35 @@ def rewrite(
     """
     started = time.perf_counter()
     source = model if _is_path(model) else None
-    _check(method, weights, data, fit, out, source)
+    wanted = {
+        "weights": weights,
+        "where": where,
+        "groups": groups,
+        "cells": cells,
+        "layers": layers,
+        "force": force,
+        **arguments,
+    }
+    _check(method, wanted, data, fit, fit_options, out, source)
     model = opened(model, custom_objects)
     site_map = SiteMap(model)
     if not isinstance(method, Plan):
-        method = plan(
-            model,
-            method,
-            weights=weights,
-            where=where,
-            groups=groups,
-            cells=cells,
-            layers=layers,
-            force=force,
-            site_map=site_map,
-            **arguments,
-        )
-    if fit is None and data is not None and not method.exact:
+        method = plan(model, method, site_map=site_map, **wanted)
+    if fit is None and data is not None and (method.groups or not method.exact):
         fit = "affine"
+    if data is not None:
+        data = _read(model, data, fit, fit_options)
     edited = apply(model, method, site_map=site_map)
     compared, fitted = None, None
+    if method.exact:
+        compared = verify(
+            model,
+            edited.model,
+            f"the rewrite to {method.method!r}",
+            fix="Leave out steps with `where`, and report this model.",
+        )
     if fit is not None and method.steps:
         fitted = _fit(model, edited, method, site_map, data, fit, fit_options, verbose)
-    elif method.exact:
-        compared = verify(model, edited.model, method)
     report = Report(
         plan=method,
         fit=fitted,
@@ -140,7 +145,7 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
         plan: from `plan`, or `Plan.from_json`.
 
     Raises:
-        KerasNormError: a layer of the plan is not in this model.
+        KerasNormError: a layer of the plan is not in this model, or cannot be made.
     """
     site_map = site_map or SiteMap(model)
     paths = [e.path for s in plan.steps for e in s.edits]
@@ -151,11 +156,17 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
             got=f"no layer at {', '.join(map(repr, missing[:5]))}",
             expected=f"a layer at each of its {len(paths)} paths",
         )
-    layers = {
-        e.path: e.layer and keras.saving.deserialize_keras_object(dict(e.layer))
-        for s in plan.steps
-        for e in s.edits
-    }
+    for step in plan.steps:
+        layer = site_map[step.path].layer
+        kinds = type(layer).__name__, getattr(read(layer), "method", None)
+        if step.source not in kinds:
+            raise KerasNormError(
+                f"the plan is for another model ({plan.model!r})",
+                got=f"{step.path!r} is a {kinds[0]}",
+                expected=step.source,
+            )
+    with keras.saving.custom_object_scope(custom_objects_of(site_map)):
+        layers = {e.path: _made(e) for s in plan.steps for e in s.edits}
     drops = {e.path: e.drops for s in plan.steps for e in s.edits}
     edited = edit(model, layers, drops=drops, site_map=site_map)
     for step in plan.steps:
@@ -170,6 +181,19 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
         else:
             carry(get(step.method), read(site_map[step.path].layer), held)
     return edited
+
+
+def _made(edit: Edit) -> Any:
+    """The layer of an edit, None where there is none."""
+    try:
+        return edit.layer and keras.saving.deserialize_keras_object(dict(edit.layer))
+    except (TypeError, ValueError) as error:
+        raise KerasNormError(
+            f"the layer at {edit.path!r} cannot be made",
+            got=str(error).strip().splitlines()[0],
+            fix="Register its own classes and functions with "
+            "`keras.saving.register_keras_serializable`.",
+        ) from error
 
 
 def carry(method: Method, source: Any, layers: Mapping[str, tuple[Any, Any]]) -> None:
@@ -191,46 +215,32 @@ _CANONICAL = {
 }
 
 
-def verify(model: Any, new: Any, plan: Plan) -> Comparison | None:
-    """Compares the outputs of an exact rewrite on random inputs.
+def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | None:
+    """Compares the outputs of a model and of an exact rewrite on random inputs.
+
+    Args:
+        model: the model before.
+        new: the model after.
+        what: what was done, for the message.
+        **more: further arguments of the error.
 
     Returns:
         The comparison; None where no random input suits the model.
 
     Raises:
-        KerasNormError: they differ by more than rounding.
+        KerasNormError: they differ by more than rounding explains.
     """
     try:
         x = random_inputs(model)
-        result = compare(model, new, x)
+        ours = outputs(model, x)
     except Exception:
         # Inputs of a kind of their own (strings, graphs, ragged): nothing to show.
         return None
-    if plan.steps:
-        require_equal(
-            f"the rewrite to {plan.method!r}",
-            model,
-            result,
-            x,
-            fix="Leave out steps with `where`, and report this model.",
-        )
-    return result
-
-
-def require_equal(what: str, model: Any, result: Comparison, x: Any, **more: str):
-    """Raises KerasNormError where two models differ by more than rounding explains.
-
-    Args:
-        what: what was done, for the message.
-        model: the model before.
-        result: its comparison with the model after, on `x`.
-        x: the inputs.
-        **more: further arguments of the error.
-    """
+    result = compare(ours, new, x)
     half = any("16" in x.compute_dtype for x in model._flatten_layers())
     limit = TOLERANCE_FLOAT16 if half else TOLERANCE
-    if not result.finite or result.relative <= limit:
-        return
+    if result.relative <= limit or not all(np.isfinite(y).all() for y in ours):
+        return result
     limit = max(limit, ROUNDINGS * rounding(model, x))
     if not result.relative <= limit:
         raise KerasNormError(
@@ -239,6 +249,19 @@ def require_equal(what: str, model: Any, result: Comparison, x: Any, **more: str
             expected=f"at most {limit:.1e}",
             **more,
         )
+    return result
+
+
+def _read(
+    model: Any, data: Any, fit: str | None, options: Mapping[str, Any] | None
+) -> Any:
+    """The data as a fit sees it, checked also where no fit will be."""
+    from kerasnorm.swap.fit import prepare
+
+    of_reading = {
+        k: v for k, v in (options or {}).items() if k in ("samples", "memory")
+    }
+    return prepare(model, data, fit or "affine", **of_reading)
 
 
 def _fit(
@@ -276,17 +299,38 @@ def _is_path(model: Any) -> bool:
 
 
 def _check(
-    method: Any, weights: Any, data: Any, fit: Any, out: Any, source: Any
+    method: Any,
+    wanted: Mapping[str, Any],
+    data: Any,
+    fit: Any,
+    options: Any,
+    out: Any,
+    source: Any,
 ) -> None:
     """Everything that can be known to be wrong before any work."""
-    if isinstance(method, Plan) and weights is not None:
-        raise KerasNormError(
-            "a plan says already what becomes of the weights",
-            got=f"weights={weights!r}",
-        )
-    for name in (method, weights):
+    if isinstance(method, Plan):
+        defaults = inspect.signature(plan).parameters
+        for name, value in wanted.items():
+            if name not in defaults or value != defaults[name].default:
+                raise KerasNormError(
+                    "a plan says already what is done",
+                    got=f"{name}={value!r} beside a plan",
+                    fix="Give it to `kerasnorm.plan`.",
+                )
+    for name in (method, wanted["weights"]):
         if name is not None and not isinstance(name, Plan):
             get(name)
+    groups = method.groups if isinstance(method, Plan) else wanted["groups"]
+    if isinstance(groups, str) and data is None:
+        raise KerasNormError(
+            "a fit chooses the number of groups, and needs data",
+            got=f"groups={groups!r}, data=None",
+            fix="Pass some of the model's inputs, unlabelled, as `data`.",
+        )
+    if options is not None:
+        from kerasnorm.swap.fit import check_options
+
+        check_options(options)
     if fit not in (None, *FITS):
         raise KerasNormError(
             "unknown fit", got=repr(fit), expected=f"None or one of {', '.join(FITS)}"
@@ -297,18 +341,13 @@ def _check(
             got="data=None",
             fix="Pass some of the model's inputs, unlabelled, as `data`.",
         )
-    if out is None:
-        return
-    if source is not None and os.path.realpath(out) == os.path.realpath(source):
+    if options and data is None:
         raise KerasNormError(
-            "the output would overwrite the input",
-            got=os.fspath(out),
-            fix="Choose another path for `out`.",
+            "there are options of a fit and no fit",
+            got=f"fit_options={dict(options)!r}, data=None",
+            fix="Pass `data`, or leave them away.",
         )
-    folder = Path(out).resolve().parent
-    if not folder.is_dir():
-        raise KerasNormError(
-            "the folder to save in does not exist",
-            got=folder,
-            expected="an existing folder",
-        )
+    if out is not None:
+        from rewriters.saving import check_target
+
+        check_target(out, inputs=(source,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +71,7 @@ def collect(
     parts, seen, size, structure, cut = [], 0, 0, 0, False
     for batch in [_inputs_of_arrays(model, data)] if batches is None else batches:
         if size > memory:
-            cut = samples is None
+            cut = True
             break
         x = batch if batches is None else _inputs_of_batch(batch)
         flat, structure = _flat(model, x)
@@ -87,7 +89,7 @@ def collect(
     for part in parts:
         _check_shapes(model, part)
     columns = [list(p) for p in zip(*parts, strict=True)]
-    arrays = [np.concatenate(p) if len(p) > 1 else p[0] for p in columns]
+    arrays = [_joined(p) for p in columns]
     if batches is None:
         arrays = _spread(arrays, samples)
     else:
@@ -95,7 +97,8 @@ def collect(
     for name, a in zip(_names(model, len(arrays)), arrays, strict=True):
         _check_values(name, a)
     stream = None
-    if cut and not isinstance(data, Iterator):
+    once = isinstance(data, Iterator) or _batch_count(data) == math.inf
+    if cut and samples is None and not once:
         stream = Stream(model, data, len(parts[0][0]))
     return Inputs(arrays, structure, cut, stream)
 
@@ -125,13 +128,9 @@ class Stream:
     def __len__(self) -> int:
         """Number of samples: full batches as many as the source says it has; where it
         does not say, all are read once and counted."""
-        for count in ("__len__", "cardinality"):
-            try:
-                batches = int(getattr(self.data, count)())
-            except (AttributeError, TypeError):
-                continue
-            if batches >= 0:
-                return batches * self.first
+        batches = _batch_count(self.data)
+        if batches is not None:
+            return int(batches) * self.first
         return sum(len(flat[0]) for flat in self)
 
     def shuffled(self, size: int, seed: int, memory: float) -> Iterator[Arrays]:
@@ -185,7 +184,8 @@ def _spread(arrays: Arrays, samples: int | None) -> Arrays:
 def batches_of(data: Any) -> Iterator[Any] | None:
     """The batches of a source that comes in batches; None for plain arrays."""
     if isinstance(data, keras.utils.PyDataset):
-        return (data[k] for k in range(len(data)))
+        batches = data.num_batches
+        return map(data.__getitem__, range(batches) if batches else itertools.count())
     if _is_array(data) or isinstance(data, (list, tuple, Mapping)):
         return None
     if isinstance(data, Iterable):
@@ -195,6 +195,32 @@ def batches_of(data: Any) -> Iterator[Any] | None:
         got=type(data).__name__,
         expected="arrays, a tf.data.Dataset, a PyDataset or an iterable of batches",
     )
+
+
+def _batch_count(data: Any) -> float | None:
+    """How many batches a source says it has; None where it does not say."""
+    if isinstance(data, keras.utils.PyDataset):
+        return math.inf if data.num_batches is None else data.num_batches
+    for count in ("__len__", "cardinality"):
+        try:
+            batches = int(getattr(data, count)())
+        except (AttributeError, TypeError):
+            continue
+        # What TensorFlow returns for endless and for unknown.
+        return {-1: math.inf, -2: None}.get(batches, batches)
+    return None
+
+
+def _joined(parts: Arrays) -> np.ndarray:
+    if len({a.shape[1:] for a in parts}) > 1:
+        shapes = sorted({a.shape for a in parts})
+        raise KerasNormError(
+            "the batches differ in more than the number of samples",
+            got=f"shapes {', '.join(map(str, shapes[:3]))}",
+            expected="one shape for all samples",
+            fix="Pad them alike.",
+        )
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _is_array(x: Any) -> bool:
@@ -240,7 +266,8 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
     if wanted is not None:
         structure = tree.pack_sequence_as(wanted, range(len(names)))
     arrays = [
-        keras.ops.convert_to_numpy(v) if _is_array(v) else np.asarray(v) for v in leaves
+        keras.ops.convert_to_numpy(v) if hasattr(v, "shape") else _array(v)
+        for v in leaves
     ]
     if names and len(arrays) != len(names):
         raise KerasNormError(
@@ -255,6 +282,17 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
             expected="as many samples in every input",
         )
     return arrays, structure
+
+
+def _array(values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise KerasNormError(
+            "the data is no array",
+            got=f"{type(values).__name__} of {len(values)}, uneven within",
+            expected="samples of one shape; batches as a generator or a dataset",
+        ) from None
 
 
 def _keys(structure: Any, names: list[str]) -> list[Any]:
@@ -295,13 +333,15 @@ def _check_values(name: str, a: np.ndarray) -> None:
     if a.dtype.kind in "iub":
         return
     try:
+        if a.dtype.kind in "OSU":
+            raise TypeError
         # Also reads bfloat16, whose kind is that of no number.
         finite = np.isfinite(a if a.dtype.kind in "fc" else a.astype("float32"))
     except (TypeError, ValueError):
         raise KerasNormError(
             f"the data for {name!r} holds no numbers",
             got=f"dtype {a.dtype}",
-            expected="integers or floating point numbers",
+            expected="an array of integers or floating point numbers",
         ) from None
     if not finite.all():
         bad = np.unique(np.nonzero(~finite)[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -42,6 +42,8 @@ class Pupil(keras.Model):
         views: functions of the inputs. The student learns to answer the inputs, and
             what each of these makes of them, as the teacher does on average over all.
         steps: of the training, at the end of which the layers count for nothing.
+        pack: makes what both models take of what comes in: Keras's trainers feed
+            tuples, but not lists, on every backend.
     """
 
     def __init__(
@@ -53,11 +55,12 @@ class Pupil(keras.Model):
         augment: Callable[..., Any] | None = None,
         views: Sequence[Callable[..., Any]] = (),
         steps: int = 1,
+        pack: Callable[[Any], Any] = lambda x: x,
     ):
         super().__init__()
         self.teacher, self.student, self.augment = teacher, student, augment
         self.pairs, self.gaps = tuple(pairs), tuple(losses)
-        self.views, self.steps = tuple(views), steps
+        self.views, self.steps, self.pack = tuple(views), steps, pack
         # It is counted here: what a callback assigns between steps does not reach what
         # JAX trains.
         self.share = self.add_weight(
@@ -89,6 +92,7 @@ class Pupil(keras.Model):
     non_trainable_weights = non_trainable_variables
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
+        inputs = self.pack(inputs)
         if self.augment is not None:
             inputs = self.augment(inputs)
         if self.views:
@@ -175,9 +179,10 @@ def distill(
         more = {"steps_per_epoch": per_epoch}
         batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
     steps = epochs * per_epoch
-    pupil = Pupil(teacher, student, pairs, losses, augment, views, steps)
-    if not _traces(pupil, look.pack(look.arrays)):
-        pupil = Pupil(teacher, student, (), losses, augment, views, steps)
+    settings: Any = (losses, augment, views, steps, inputs.pack)
+    pupil = Pupil(teacher, student, pairs, *settings)
+    if not _traces(pupil, look.arrays):
+        pupil = Pupil(teacher, student, (), *settings)
     # Steps are as long as the rate whatever the gradient: at the full rate the first
     # would undo the fit that the student comes with.
     warmup = steps // 10
@@ -191,17 +196,17 @@ def distill(
     progress = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
     )
-    settings = {"shuffle": False, "verbose": 0, "callbacks": [progress], **more}
+    how = {"shuffle": False, "verbose": 0, "callbacks": [progress], **more}
     try:
         with compilation.tracing([pupil] if jit else []):
             # One loss for each sample: Keras does not share a scalar out over replicas.
             pupil.compile(optimizer, loss=lambda _, p: p, jit_compile=jit)
             # By the outputs alone.
-            judge = Pupil(teacher, student, (), losses, views=views)
+            judge = Pupil(teacher, student, (), losses, views=views, pack=inputs.pack)
             judge.compile(loss=lambda _, p: p, jit_compile=jit)
             sample, before = _Batches(look, batch_size, seed), student.get_weights()
             start = judge.evaluate(sample, verbose=0)
-            history = pupil.fit(batches, epochs=epochs, **settings)
+            history = pupil.fit(batches, epochs=epochs, **how)
             helped = judge.evaluate(sample, verbose=0) < start
     except Exception:
         if failures:
@@ -221,7 +226,8 @@ def checked_views(
         KerasNormError: not a function, or one that changes the shape of the inputs; a
             model whose outputs have positions, which may move with the inputs.
     """
-    views = (views,) if callable(views) else tuple(views or ())
+    several = isinstance(views, Iterable) and not callable(views)
+    views = tuple(views) if several else () if views is None else (views,)
     if not views:
         return ()
     two = inputs.spread(2)
@@ -253,7 +259,7 @@ def checked_views(
 def _outputs(model: Any, inputs: reading.Inputs) -> list[np.ndarray]:
     """Flat outputs of a model, in some order, some of them twice."""
     run = Compiled(
-        lambda x: tree.flatten(model(x, training=False)),
+        lambda x: tree.flatten(model(inputs.pack(x), training=False)),
         [(v, v) for v in model.variables],
         [model],
     )
@@ -269,7 +275,7 @@ def _traces(pupil: Pupil, inputs: Any) -> bool:
     Not within the loop of a recurrent layer or of `TimeDistributed`.
     """
     specs = tree.map_structure(
-        lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), inputs
+        lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), tuple(inputs)
     )
     try:
         keras.Operation.compute_output_spec(pupil, specs)
@@ -290,7 +296,7 @@ def _streamed(
     `failures`: TensorFlow reads it in a graph, and raises an error of its own."""
     try:
         for flat in stream.shuffled(size, seed, memory):
-            yield inputs.pack(flat), np.zeros(size, "float32")  # Keras wants a target
+            yield tuple(flat), np.zeros(size, "float32")  # Keras wants a target
     except KerasNormError as error:
         failures.append(error)
         raise
@@ -315,7 +321,7 @@ class _Batches(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         rows = np.arange(index * self.size, (index + 1) * self.size)
         rows = np.take(self.order, rows, mode="wrap")
-        x = self.inputs.pack([a[rows] for a in self.inputs.arrays])
+        x = tuple(a[rows] for a in self.inputs.arrays)
         return x, np.zeros(len(rows), "float32")  # Keras wants a target
 
     def on_epoch_end(self) -> None:
@@ -337,11 +343,15 @@ def _loss(outputs: np.ndarray) -> Callable[[Any, Any], Any]:
     if which == "softmax":
         return _softened
     if which == "sigmoid":
-        return lambda y, p: _per_sample(
-            keras.losses.binary_crossentropy(*(ops.cast(v, "float32") for v in (y, p)))
-        )
+        return _entropy
     power = float(np.mean(np.var(outputs.astype("float64"), 0))) + 1e-12
     return lambda y, p: _per_sample(ops.square(ops.cast(y - p, "float32"))) / power
+
+
+def _entropy(y: Any, p: Any) -> Any:
+    """Binary cross-entropy of each sample."""
+    y, p = (ops.reshape(ops.cast(v, "float32"), (ops.shape(v)[0], -1)) for v in (y, p))
+    return keras.losses.binary_crossentropy(y, p)
 
 
 def _relative(y: Any, p: Any) -> Any:

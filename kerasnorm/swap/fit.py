@@ -8,10 +8,11 @@ student's own inputs, so that it also makes up for what earlier sites lost.
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,13 +106,22 @@ def fit(
         verbose: False for no progress bar.
 
     Raises:
-        KerasNormError: unknown method; epochs or a batch size below 1, a learning rate
-            that is not positive; data that is empty, not finite or of the wrong
-            shape; views that are not like the inputs, or outputs that have positions.
-            Nothing has been changed then.
+        KerasNormError: unknown method; options that cannot be; data that is empty, not
+            finite or of the wrong shape; views that are not like the inputs, or outputs
+            that have positions. Nothing has been changed then.
     """
     started = time.perf_counter()
-    _check(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate)
+    check_options(
+        {
+            "samples": samples,
+            "batch_size": batch_size,
+            "memory": memory,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "augment": augment,
+            "seed": seed,
+        }
+    )
     inputs = prepare(teacher, data, method, samples=samples, memory=memory)
     views = checked_views(teacher, inputs, views)
     history, notes = {}, []
@@ -150,6 +160,11 @@ def fit(
                 )
     if inputs.cut and inputs.stream is None:
         notes.append(f"the first {len(inputs)} samples were used, to save memory")
+    if method != "affine" and not walk.refitted:
+        notes.append(
+            "no linear layer was solved: those that are wrapped, frozen or called "
+            "several times stay as they are"
+        )
     return FitResult(
         method,
         tuple(walk.sites.values()),
@@ -161,15 +176,50 @@ def fit(
     )
 
 
-def _check(learning_rate: float, **counts: int) -> None:
-    for name, value in counts.items():
-        count(name, value)
-    number = isinstance(learning_rate, numbers.Real)
-    if not (number and learning_rate > 0 and math.isfinite(learning_rate)):
+def check_options(options: Any) -> None:
+    """Refuses what `fit` does not take as its further arguments.
+
+    Raises:
+        KerasNormError: no dict, unknown names, or bad values.
+    """
+    known = {
+        name: p.default
+        for name, p in inspect.signature(fit).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name not in ("groups", "verbose")
+    }
+    unknown = (
+        [k for k in options if k not in known]
+        if isinstance(options, Mapping)
+        else [options]
+    )
+    if unknown:
         raise KerasNormError(
-            "not a learning rate",
-            got=f"learning_rate={learning_rate!r}",
-            expected="a finite number above 0",
+            "these are no options of a fit",
+            got=", ".join(map(repr, unknown)),
+            expected=f"a dict with some of {', '.join(known)}",
+        )
+    given = {**known, **options}
+    for name in ("samples", "batch_size", "epochs"):
+        if given[name] is not None or name != "samples":
+            count(name, given[name])
+    for name in ("learning_rate", "memory"):
+        value = given[name]
+        if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+            raise KerasNormError(
+                f"not a {name.replace('_', ' ')}",
+                got=f"{name}={value!r}",
+                expected="a finite number above 0",
+            )
+    seed, augment = given["seed"], given["augment"]
+    if not (isinstance(seed, numbers.Integral) and seed >= 0):
+        raise KerasNormError(
+            "not a seed", got=f"seed={seed!r}", expected="an integer of at least 0"
+        )
+    if not (augment is None or callable(augment)):
+        raise KerasNormError(
+            "not a function of the inputs",
+            got=f"augment={augment!r}",
+            expected="a layer or another callable, or None",
         )
 
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from kerasnorm.swap import solve
-from kerasnorm.swap.rows import Array, numpy_of
+from kerasnorm.swap.rows import Array, assign, numpy_of
 
 
 # Beyond this many inputs of one output the normal equations cost more than they buy.
@@ -95,6 +95,6 @@ class Linear:
         layer = self.layer
         change, shift = solve.ridge(x, y - self.forward(x), pull, layer.use_bias)
         kernel = numpy_of(layer.kernel).astype("float64")
-        layer.kernel.assign(kernel + change.reshape(self.shape))
+        assign(layer.kernel, kernel + change.reshape(self.shape))
         if layer.use_bias:
-            layer.bias.assign(numpy_of(layer.bias).astype("float64") + shift)
+            assign(layer.bias, numpy_of(layer.bias).astype("float64") + shift)

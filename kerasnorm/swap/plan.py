@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,6 +26,7 @@ from kerasnorm.method import (
     get,
     read,
 )
+from rewriters.edit import custom_objects_of
 from rewriters.graph import Site, SiteMap, selects
 
 
@@ -184,6 +187,12 @@ def plan(
     Raises:
         KerasNormError: unknown method, argument or value; nothing else is raised.
     """
+    if not (where is None or isinstance(where, str) or callable(where)):
+        raise KerasNormError(
+            "this selects no layers",
+            got=f"where={where!r}",
+            expected="a glob on paths, such as 'block2*', or a function of a site",
+        )
     site_map = site_map or SiteMap(opened(model))
     target, around = _targets(method, weights)
     first = target or around
@@ -194,6 +203,27 @@ def plan(
             expected="a normalization method, a weight method, or both",
         )
     options = _options(first, groups, layers, force, arguments)
+    with keras.saving.custom_object_scope(custom_objects_of(site_map)):
+        builder = _built(site_map, target, around, where, cells, options)
+    return Plan(
+        first.name,
+        getattr(site_map.model, "name", ""),
+        tuple(builder.steps),
+        tuple(builder.refused),
+        "auto" if groups == "auto" else None,
+        around.name if around is not None and target is not None else None,
+    )
+
+
+def _built(
+    site_map: SiteMap,
+    target: Method | None,
+    around: Method | None,
+    where: str | Callable[[Site], bool] | None,
+    cells: bool | Mapping[str, Any],
+    options: Options,
+) -> _Builder:
+    """The answers of the methods at all sites."""
     builder = _Builder()
     if target is not None:
         for site in site_map:
@@ -208,7 +238,7 @@ def plan(
                 if answer is not None:
                     builder.add(site, type(site.layer).__name__, target, answer)
         planned = {e.path: e.layer for s in builder.steps for e in s.edits}
-        options = Options(layers, force, planned=planned)
+        options = Options(options.layers, options.force, planned=planned)
     if around is not None and around.wrap is not None:
         held: list[str] = []
         for site in site_map:
@@ -219,14 +249,7 @@ def plan(
             if answer is not None:
                 held += [f"{path}/" for path in site.paths]
                 builder.add(site, type(site.layer).__name__, around, answer)
-    return Plan(
-        first.name,
-        getattr(site_map.model, "name", ""),
-        tuple(builder.steps),
-        tuple(builder.refused),
-        "auto" if groups == "auto" else None,
-        around.name if around is not None and target is not None else None,
-    )
+    return builder
 
 
 class _Builder:
@@ -270,6 +293,12 @@ def _targets(method: Any, weights: Any) -> tuple[Method | None, Method | None]:
 
 
 def _cell_options(cells: bool | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(cells, (bool, Mapping)):
+        raise KerasNormError(
+            "cells are swapped or not",
+            got=f"cells={cells!r}",
+            expected="True, False, or a dict of further arguments of the cells",
+        )
     options = cells if isinstance(cells, Mapping) else {}
     known = set().union(*map(recurrent.cell_options, recurrent.TWINS.values()))
     for name in options:
@@ -316,10 +345,10 @@ def _options(
     known = _known_arguments(target)
     arguments = dict(arguments)
     if groups is not None:
-        if groups != "auto" and (
-            isinstance(groups, bool)
-            or not isinstance(groups, int)
-            or not (groups > 0 or groups == -1)
+        if isinstance(groups, numbers.Integral) and not isinstance(groups, bool):
+            groups = int(groups)
+        if groups != "auto" and not (
+            type(groups) is int and (groups > 0 or groups == -1)
         ):
             raise KerasNormError(
                 "this is no number of groups",
@@ -343,6 +372,13 @@ def _options(
                 expected=f"one of {', '.join(sorted(known)) or 'none'}",
                 fix=f"Did you mean {near[0]!r}?" if near else None,
             )
+    epsilon = arguments.get("epsilon", 0)
+    if not (isinstance(epsilon, numbers.Real) and 0 <= epsilon < math.inf):
+        raise KerasNormError(
+            "this is no epsilon",
+            got=f"epsilon={epsilon!r}",
+            expected="a finite number of at least 0",
+        )
     return Options(layers, force, arguments)
 
 

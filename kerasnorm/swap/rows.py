@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -34,20 +34,20 @@ class Parameters:
         self.gamma, self.beta = variable("gamma", "scale"), variable("beta")
         self.tau = variable("tau")
         self.layer = layer
-        own = [v for v in (self.gamma, self.beta) if v is not None]
-        self.shape = max((tuple(v.shape) for v in own), key=np.prod, default=())
+        self.learnt = [v for v in (self.gamma, self.beta) if v is not None]
+        shapes = [tuple(v.shape) for v in self.learnt]
+        self.shape = max(shapes, key=np.prod, default=())
         self.tied = self.gamma is not None and np.prod(self.gamma.shape) == 1
 
     def axes(self, ndim: int) -> tuple[int, ...]:
         """The axes of the input that gamma and beta live on."""
         axis = getattr(self.layer, "axis", -1)
         axes = sorted(a % ndim for a in ([axis] if isinstance(axis, int) else axis))
-        return tuple(axes[-len(self.shape) :]) if self.shape else (ndim - 1,)
+        return tuple(axes[-max(1, len(self.shape)) :])
 
     def fit(self, columns: int) -> bool:
         """Whether each is one number or one for each of so many columns."""
-        own = [v for v in (self.gamma, self.beta) if v is not None]
-        return all(np.prod(v.shape) in (1, columns) for v in own)
+        return all(np.prod(v.shape) in (1, columns) for v in self.learnt)
 
     def values(self, columns: int) -> tuple[Array, Array]:
         """gamma and beta as float64, flat; ones and zeros where absent."""
@@ -61,7 +61,17 @@ class Parameters:
     def assign(self, gamma: Array, beta: Array) -> None:
         for v, new in ((self.gamma, gamma), (self.beta, beta)):
             if v is not None:
-                v.assign(new[: np.prod(v.shape, dtype=int)].reshape(v.shape))
+                assign(v, new[: np.prod(v.shape, dtype=int)].reshape(v.shape))
+
+    def last(self, forward: Callable[[], Any], axes: tuple[int, ...]) -> bool:
+        """Whether the layer's output is `gamma z + beta`, z what it gives without."""
+        with self.neutral():
+            z = forward()
+            for v, fill in ((self.gamma, 2.0), (self.beta, 1.0)):
+                if v is not None:
+                    v.assign(np.full(v.shape, fill, "float32"))
+            wanted, got = (numpy_of(v) for v in (self.apply(z, axes), forward()))
+        return np.allclose(got, wanted, 1e-2, 1e-2 * np.abs(wanted).max(initial=0.0))
 
     def apply(self, z: Any, axes: tuple[int, ...]) -> Any:
         """gamma z + beta for normalized values z."""
@@ -92,6 +102,13 @@ class Parameters:
 
     def _all(self) -> tuple[Any, Any, Any]:
         return self.gamma, self.beta, self.tau
+
+
+def assign(variable: Any, value: Array) -> None:
+    """Sets a trained variable within its constraint."""
+    variable.assign(value)
+    if variable.constraint is not None:
+        variable.assign(variable.constraint(variable.value))
 
 
 # ----------------------------------------------------------------- sampling

@@ -30,6 +30,8 @@ from rewriters.tracing import watching
 PART = 256
 # Numbers of groups are compared on as many samples, at most.
 GROUP_SAMPLES = 32
+# So many show what a layer does.
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,25 @@ class Walk:
             # Sites inside a layer's own call are solved while it runs, so all samples
             # have to pass through it at once.
             part = self._at_once(teacher, inputs)
-            arrays = [a[:part] for a in arrays]
+            arrays = inputs.spread(part).arrays
         else:
+            if part < len(inputs) or groups == "auto":
+                # Some may be left out, or looked at first, of what may be sorted.
+                order = np.random.default_rng(seed).permutation(len(inputs))
+                arrays = [a[order] for a in arrays]
             part = min(max(1, part), PART)
         self.samples = len(arrays[0])
         self.sampler = Sampler(max(rows, 8 * self.samples), self.samples, seed)
         parts = reading.split(arrays, part)
+        # A model with a graph casts what it is given to what its inputs are.
+        dtypes = (
+            [t.dtype for t in teacher.inputs]
+            if is_graph(teacher)
+            else [None] * len(arrays)
+        )
         values = [
-            [keras.ops.convert_to_tensor(p[k]) for p in parts]
-            for k in range(len(arrays))
+            [keras.ops.convert_to_tensor(p[k], dtype) for p in parts]
+            for k, dtype in enumerate(dtypes)
         ]
         self.teacher, self.student = (Side(p, values) for p in programs)
         self.back = {t: s for s, t in self.twins.items()}
@@ -242,8 +254,10 @@ class Walk:
         target = self.sampler.rows(y, axes, masks)
         if not len(target):
             return None
-        if not p.fit(target.shape[1]):
-            note = f"gamma and beta of shape {p.shape} are not fitted"
+        first = FEW if masks[0] is None else None
+        if not p.fit(target.shape[1]) or not p.last(lambda: forward(0, first), axes):
+            what = f"gamma and beta of shape {p.shape}"
+            note = f"{what} are not the last that it does: not fitted"
             self.sites[path] = SiteFit(path, note=note)
             return None
         pool = self.pools.setdefault(id(layer), Pool(layer, p.values(target.shape[1])))
@@ -265,15 +279,17 @@ class Walk:
         """Sets gamma and beta to the solution on all rows there are."""
         path, p = self.pairs[id(pool.layer)][0], Parameters(pool.layer)
         z, target = pool.all()
-        gamma, beta = solve.affine(
-            z,
-            target,
-            scale=p.gamma is not None,
-            center=p.beta is not None,
-            tied=p.tied,
-            default=pool.start,
+        p.assign(
+            *solve.affine(
+                z,
+                target,
+                scale=p.gamma is not None,
+                center=p.beta is not None,
+                tied=p.tied,
+                default=pool.start,
+            )
         )
-        p.assign(gamma, beta)
+        gamma, beta = p.values(target.shape[1])
         self.sites[path] = SiteFit(
             path,
             solve.kept(z * pool.start[0] + pool.start[1], target),
@@ -301,8 +317,13 @@ class Walk:
         they are nearly instance normalization, which loses too much where a pooling
         follows.
         """
-        if not isinstance(getattr(layer, "groups", None), int) or len(axes) != 1:
-            return None
+        own = Parameters(layer)
+        if (
+            not isinstance(getattr(layer, "groups", None), int)
+            or len(axes) != 1
+            or len(layer.variables) > len(own.learnt)
+        ):
+            return None  # what else it holds may be of one number of groups
         # A mask would be lost by slicing.
         first = GROUP_SAMPLES if masks[0] is None else None
         target = self.sampler.rows([y[0][:first]], axes, masks[:1])
@@ -332,8 +353,11 @@ class Walk:
             return
         axes = Parameters(layer).axes(len(x[0].shape))
         rows = self.sampler.rows(x, axes, masks).astype("float64")
-        mean.assign(rows.mean(0).reshape(mean.shape).astype("float32"))
-        variance.assign(rows.var(0).reshape(variance.shape).astype("float32"))
+        for v, value in ((mean, rows.mean(0)), (variance, rows.var(0))):
+            # Of several, one for each step in time for example, all begin alike.
+            same = value.size == np.prod(v.shape)
+            value = value.reshape(v.shape) if same else np.broadcast_to(value, v.shape)
+            v.assign(value.astype("float32"))
 
     # -------------------------------------------------------------- linear
 

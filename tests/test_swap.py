@@ -234,6 +234,14 @@ def test_report_in_all_its_forms(tmp_path):
         model, "gn", data=x, fit="affine", return_report=True, verbose=False
     )
     assert set(report.rho_squared) == {"bn0", "bn1"}
+    _, auto = kerasnorm.rewrite(
+        model, "gn", groups="auto", data=x, return_report=True, verbose=False
+    )
+    assert f"groups={auto.fit.sites[0].groups}" in auto.to_markdown()
+    _, plain = kerasnorm.rewrite(
+        model, "bcn_qiao", data=x, return_report=True, verbose=False
+    )
+    assert "not fitted" in plain.to_markdown()
     assert "bn0" in report.table() and "of variance kept" in str(report)
     assert json.loads(report.to_json())["plan"]["method"] == "group"
     assert report.to_markdown().startswith("| layer |")

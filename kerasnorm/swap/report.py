@@ -38,17 +38,22 @@ class Report(Result):
         return {s.path: s.after for s in sites if not s.note}
 
     def fidelity(self, step: Step) -> str:
-        """The step's fidelity, with the share of variance kept where it was fitted."""
-        kept = self.rho_squared.get(step.path)
-        if step.fidelity in (Fidelity.FRESH, Fidelity.FITTED) and kept is not None:
-            return f"{Fidelity.FITTED}, {kept:.3f} of variance kept"
-        return str(step.fidelity)
+        """The step's fidelity; where it was fitted, with the share of variance kept and
+        the number of groups that was chosen, or with why it was not."""
+        sites = {} if self.fit is None else {s.path: s for s in self.fit.sites}
+        site = sites.get(step.path)
+        if site is None or step.fidelity not in (Fidelity.FRESH, Fidelity.FITTED):
+            return str(step.fidelity)
+        if site.note:
+            return f"{step.fidelity}; {site.note}"
+        chosen = f" with groups={site.groups}" if site.groups else ""
+        return f"{Fidelity.FITTED}, {site.after:.3f} of variance kept{chosen}"
 
     def summary(self) -> str:
         """One paragraph: how many layers, how faithful, what stayed."""
         plan = self.plan
         text = f"{len(plan.steps)} of {len(plan.steps) + len(plan.refused)}"
-        lines = [f"{text} normalization layers of {plan.model!r} -> {plan.method}"]
+        lines = [f"{text} layers of {plan.model!r} -> {plan.method}"]
         if self.comparison is not None:
             lines.append(
                 f"largest relative difference of the outputs on random inputs:"

@@ -256,8 +256,7 @@ class Walk:
             return None
         first = FEW if masks[0] is None else None
         if not p.fit(target.shape[1]) or not p.last(lambda: forward(0, first), axes):
-            what = f"gamma and beta of shape {p.shape}"
-            note = f"{what} are not the last that it does: not fitted"
+            note = f"not fitted: gamma and beta, {p.shape}, are not its last step"
             self.sites[path] = SiteFit(path, note=note)
             return None
         pool = self.pools.setdefault(id(layer), Pool(layer, p.values(target.shape[1])))

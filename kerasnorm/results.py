@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kerasnorm.errors import KerasNormError
+from rewriters.saving import replacing
 
 
 IMAGES = (".png", ".svg", ".pdf")
@@ -53,7 +54,8 @@ class Result:
         return f"{markdown(*self.rows())}\n\n{self.summary()}\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the result in the form that the ending of the path names.
+        """Writes the result in the form that the ending of the path names, whole or not
+        at all.
 
         Args:
             path: ends in `.json`, `.md`, an image (`.png`, `.svg`, `.pdf`) for `plot`,
@@ -70,7 +72,8 @@ class Result:
                 got=str(path),
                 expected=f"a name that ends in {', '.join(forms)}",
             )
-        form(path)
+        with replacing(path) as partial:
+            form(partial)
 
     def _forms(self) -> dict[str, Callable[[Any], Any]]:
         def text(made: Callable[[], str]) -> Callable[[Any], Any]:
@@ -138,5 +141,6 @@ def figure(width: float, height: float) -> Any:
 def drawn(figure: Any, path: str | os.PathLike[str] | None) -> Any:
     """The figure, also written to the path where there is one."""
     if path is not None:
-        figure.savefig(path, dpi=150)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=150)
     return figure

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shutil
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,16 +81,10 @@ def read_data(path: Path, model: keras.Model) -> tuple[list[Any], Any]:
 
 
 def write(*outputs: tuple[Path | None, Callable[[Path], Any]]) -> list[str]:
-    """Writes what has a path, each file whole or not at all; the lines that say so."""
+    """Writes what has a path; the lines that say so."""
     asked = [(path, save) for path, save in outputs if path]
     for path, save in asked:
-        target = path.resolve()  # a link stays, what it points to is replaced
-        with tempfile.TemporaryDirectory(prefix=".saving_", dir=target.parent) as near:
-            partial = Path(near, path.name)
-            save(partial)
-            if target.exists():
-                shutil.copymode(target, partial)
-            partial.replace(target)
+        save(path)
     return [f"saved {path}" for path, _ in asked]
 
 

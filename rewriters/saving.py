@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -43,17 +44,9 @@ def save(
             after it, with nothing left behind, if the model cannot be saved.
     """
     check_target(path, inputs=inputs, overwrite=overwrite)
-    target = pathlib.Path(path)
-    target = target.resolve()  # a link stays, what it points to is replaced
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=".saving_", dir=target.parent))
     try:
-        partial = folder / target.name
-        keras.saving.save_model(model, partial)
-        if target.exists():
-            shutil.copymode(target, partial)
-        _to_disk(partial)
-        partial.replace(target)
-        _to_disk(target.parent)
+        with replacing(path) as partial:
+            keras.saving.save_model(model, partial)
     except Exception as e:
         first = (str(e).strip() or repr(e)).splitlines()[0]
         raise RewriteError(
@@ -61,9 +54,25 @@ def save(
             got=f"{type(e).__name__}: {first}",
             fix="Nothing was changed",
         ) from e
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return pathlib.Path(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A file to write in place of `path`, which takes that name when it is complete
+    and on the disk; where writing it fails, `path` stays as it was."""
+    target = pathlib.Path(path).resolve()  # a link stays, what it points to is replaced
+    folder = tempfile.TemporaryDirectory(
+        prefix=".saving_", dir=target.parent, ignore_cleanup_errors=True
+    )
+    with folder as near:
+        partial = pathlib.Path(near, target.name)
+        yield partial
+        if target.exists():
+            shutil.copymode(target, partial)
+        _to_disk(partial)
+        partial.replace(target)
+        _to_disk(target.parent)
 
 
 def check_target(

@@ -290,14 +290,14 @@ def test_compass_without_a_method_left(here, capsys, monkeypatch):
 
 
 def test_a_report_appears_whole_or_not_at_all(here, monkeypatch):
-    def broken(self, path):
-        path.write_text("half")
+    def broken(self, text, **more):
+        self.write_bytes(b"half")
         raise OSError("no space left")
 
     words = "rewrite model.keras gn --groups 4 -o o.keras --report r.md".split()
     assert cli.main(words) == 0
     before = (here / "r.md").read_bytes()
-    monkeypatch.setattr("kerasnorm.swap.report.Report.save", broken)
+    monkeypatch.setattr("kerasnorm.results.Path.write_text", broken)
     assert cli.main(words) == 1
     assert (here / "r.md").read_bytes() == before and not [*here.glob(".saving_*")]
 

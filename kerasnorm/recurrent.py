@@ -78,7 +78,15 @@ class _Normalized(keras.layers.Layer):
                 expected="a per-sample method, 'streaming' or 'time_specific'",
             )
         for name in self.widths():
-            made = layer(**self.norm_arguments, dtype=self.dtype_policy, name=name)
+            try:
+                made = layer(**self.norm_arguments, dtype=self.dtype_policy, name=name)
+            except (TypeError, ValueError) as error:
+                if isinstance(error, KerasNormError):
+                    raise
+                raise KerasNormError(
+                    f"{method.title} refuses its arguments",
+                    got=f"norm_arguments={self.norm_arguments}: {error}",
+                ) from error
             setattr(self, name, made)
 
     def widths(self) -> dict[str, int]:
@@ -154,7 +162,8 @@ class LSTMCell(_Normalized, keras.layers.LSTMCell):
         **kwargs: arguments of `keras.layers.LSTMCell`.
 
     Raises:
-        KerasNormError: unknown method, or one that no cell can hold.
+        KerasNormError: unknown method, or one that no cell can hold; arguments that it
+            does not take.
     """
 
     def __init__(
@@ -320,6 +329,8 @@ class RNN(keras.layers.RNN):
             return super().inner_loop(sequences, initial_state, mask, training)
         states = keras.tree.flatten(initial_state)
         n = len(states)
+        # What a masked step puts out again.
+        shown = ops.zeros_like(states[0])
         begun = [norm.begin(training) for norm in norms]
         flat = [v for carry in begun for v in carry]
         inputs = [sequences]
@@ -334,27 +345,28 @@ class RNN(keras.layers.RNN):
             x, *valid = inputs
             valid = valid[0] if valid else None
             before, time = list(states[:n]), states[-1]
-            stream = _Stream(norms, split(states[n:-1]), valid, time)
+            shown, *carried = states[n:-1]
+            stream = _Stream(norms, split(carried), valid, time)
             y, after = self.cell(x, before, training=training, stream=stream)
             after = list(after)
             if valid is not None:
-                kept = 0 * y if self.zero_output_for_mask else before[0]
+                kept = 0 * y if self.zero_output_for_mask else shown
                 y = ops.where(valid, y, kept)
                 pairs = zip(after, before, strict=True)
                 after = [ops.where(valid, new, old) for new, old in pairs]
             carried = [v for carry in stream.carries for v in carry]
-            return y, [*after, *carried, time + 1]
+            return y, [*after, y, *carried, time + 1]
 
         last, outputs, states = keras_backend.rnn(
             step,
             inputs,
-            [*states, *flat, ops.zeros((), "int32")],
+            [*states, shown, *flat, ops.zeros((), "int32")],
             go_backwards=self.go_backwards,
             unroll=self.unroll,
             input_length=sequences.shape[1],
             return_all_outputs=self.return_sequences,
         )
-        for norm, carry in zip(norms, split(states[n:-1]), strict=True):
+        for norm, carry in zip(norms, split(states[n + 1 : -1]), strict=True):
             norm.end(carry, training)
         return last, outputs, list(states[:n])
 

@@ -18,9 +18,11 @@ import kerasnorm
 import kerasnorm_cli as cli
 from kerasnorm import KerasNormError
 from kerasnorm.callbacks import PropertyMonitor
+from kerasnorm.callbacks.property_monitor import figures
 from kerasnorm.method import get
 from kerasnorm.properties import Measurement, Site, measure, rules
 from kerasnorm.properties.candidates import STUDIED, fresh, put_under
+from kerasnorm.properties.confirm import train
 
 
 layers = keras.layers
@@ -224,9 +226,11 @@ def test_small_batches_rule_out_batch_methods(images):
     """At two samples a batch, an output is more about the other sample."""
     x, y = images
     found = kerasnorm.compass(
-        network(blocks=4), x, y, methods=["bn", "gn"], batch_sizes=[2, 48]
+        network(blocks=4), x, y, methods=["bn", "gn"], batch_sizes=[2, 48], samples=16
     )
     by_name = {c.name: c for c in found.candidates}
+    for c in found.candidates:
+        assert c.batch_size == c.measurement.batch_size
     assert set(by_name) == {
         f"{m}, batch {n}" for m in ("batch", "group") for n in (2, 48)
     }
@@ -246,6 +250,7 @@ def test_learning_rates_scale_the_steps(images):
     )
     small, large = sorted(found.candidates, key=lambda c: c.learning_rate)
     assert not small.ruled_out
+    assert small.batch_size == 48  # 64, but for the data
     assert [f.property for f in large.ruled_out] == ["step"]
     for a, b in zip(small.measurement.sites, large.measurement.sites, strict=True):
         if a.relative_step is not None:
@@ -311,6 +316,56 @@ def test_the_model_is_untouched(images):
         np.testing.assert_array_equal(a, b)
 
 
+def perceptron(*widths):
+    return keras.Sequential([keras.Input((6,)), *map(layers.Dense, widths)])
+
+
+@pytest.mark.parametrize("wrap", ["scale", "sphere"])
+def test_wrapped_optimizers(wrap):
+    """Their momentum, and their like for a model of other weights."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 6)).astype("float32"), np.arange(16) % 3
+    model = perceptron(4, 3)
+    step = measure(model, x, y, learning_rate=1.0).profile("relative_step")[1].max()
+    optimizer = keras.optimizers.SGD(0.3 / step)
+    if wrap == "scale":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    else:
+        flows = list(kerasnorm.sphere.scale_invariant_weights(model))
+        optimizer = kerasnorm.sphere.OnSphere(optimizer, flows)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
+    [c] = kerasnorm.compass(
+        model, x, y, methods=["none"], weights="given", confirm=2
+    ).candidates
+    # With the momentum of 0.9 that is taken where there is none, it would be ruled out.
+    assert not c.ruled_out and len(c.training.losses) == 2
+
+
+def test_training_pairs_labels_and_losses_by_name():
+    inputs = keras.Input((6,))
+    heads = [layers.Dense(n, name=k)(inputs) for k, n in (("z", 1), ("a", 3))]
+    model = keras.Model(inputs, heads)
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    y = {"a": np.zeros((8, 3)), "z": np.zeros((8, 1))}
+    z, a = model.predict(x, verbose=0)
+    loss = 100 * (z**2).mean() + np.abs(a).mean()
+    losses, weights = {"a": "mae", "z": "mse"}, {"a": 1.0, "z": 100.0}
+    found = train(model, x, y, 1, 8, 0.1, losses, weights)
+    assert found.final == pytest.approx(loss, rel=1e-4)
+    model.compile("sgd", losses, loss_weights=weights)
+    [c] = kerasnorm.compass(
+        model,
+        iter([x]),
+        y,
+        methods=["none"],
+        learning_rates=1e-4,
+        weights="given",
+        confirm=1,
+    ).candidates
+    assert c.training.final == pytest.approx(loss, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -321,6 +376,10 @@ def test_the_model_is_untouched(images):
         ({"momentum": 1.0}, "momentum"),
         ({"weights": "pretrained"}, "'fresh' or 'given'"),
         ({"confirm": 3}, "labels"),
+        ({"confirm": 2.5, "y": np.zeros(48)}, "confirm is no positive whole number"),
+        ({"batch_sizes": [16, 64]}, "64.*48 samples"),
+        ({"report": "r.txt"}, "report cannot be written"),
+        ({"report": "no/such/r.md"}, "report cannot be written"),
         ({"x": np.zeros((4, 5), "float32")}, "shape"),
     ],
 )
@@ -533,6 +592,25 @@ def test_monitor_by_steps(images, capsys):
     assert [step for step, _ in monitor.history] == [2, 4, 6]
     assert "p_cosine" in history.history
     assert "3 measurements took" in capsys.readouterr().out  # the cost is stated
+
+
+def test_monitor_counts_the_steps_of_an_execution():
+    """On the batches of a generator, read once."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 6)).astype("float32"), np.arange(32) % 3
+    model = perceptron(4, 3)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, steps_per_execution=4)
+    batches = (x[k : k + 8] for k in range(0, 32, 8))
+    monitor = PropertyMonitor(batches, y, every=None, every_steps=4)
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[monitor])
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[monitor])
+    assert [step for step, _ in monitor.history] == [4, 8, 12, 16]
+    assert monitor.history[0][1].samples == 32
+
+
+def test_the_data_has_no_dead_units():
+    assert figures(made_up(dead=[0.9, 0.2, 0.1]))["dead"] == 0.2
 
 
 def test_monitor_writes_summaries(images, tmp_path):

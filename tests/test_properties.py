@@ -360,6 +360,19 @@ def test_dead_units_are_counted(rng):
     assert measure(model, gaussian(rng, 16, 4)).at("head").dead == pytest.approx(3 / 8)
 
 
+def test_calls_of_a_shared_layer_count_as_one_long_gradient(rng):
+    inputs, shared = keras.Input((6,)), layers.Dense(6, name="shared")
+    hidden = shared(shared(inputs))
+    model = keras.Model(inputs, layers.Dense(3, use_bias=False, name="head")(hidden))
+    x, y = gaussian(rng, 8, 6), gaussian(rng, 8, 3)
+    site = measure(model, x, y, loss="mse").at("shared")
+    last = 2 * (numpy_of(model(x)) - y) / 3 @ numpy_of(model.layers[-1].kernel).T
+    calls = np.stack([last, last @ numpy_of(shared.kernel).T], 1)
+    assert site.gradient == pytest.approx(np.sqrt((calls**2).sum() / 16), rel=1e-4)
+    cosines = naive_cosines(calls)
+    assert site.gradient_cosine == pytest.approx((cosines.sum() - 8) / 56, rel=1e-4)
+
+
 def test_dependence_of_batch_methods_alone(rng):
     x = gaussian(rng, 32, 16)
     for norm, depends in (
@@ -473,6 +486,25 @@ def test_datasets_and_spread_samples(rng):
     assert measure(model, x, samples=20).samples == 20
 
 
+def test_of_a_source_no_more_is_read_than_used(rng):
+    read = []
+
+    class Source(keras.utils.PyDataset):
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, k):
+            read.append(k)
+            return np.full((8, 8), k, "float32")
+
+    y = np.arange(400) % 10
+    found = measure(deep(1, 8), Source(), y, samples=16)
+    assert read == [0, 1] and found.samples == 16
+    x = np.repeat([[0.0], [1.0]], 8, 0) * np.ones(8)
+    same = measure(deep(1, 8), x, y[:16], samples=16)
+    assert same.at("dense0").variance == found.at("dense0").variance
+
+
 def test_memory_bounds_the_batch(rng):
     model = deep(2, 64)
     m = measure(model, gaussian(rng, 64, 64), memory=20_000)
@@ -497,6 +529,65 @@ def test_losses(rng):
     )
 
 
+def two_heads(units=(3, 3), **activations):
+    inputs = keras.Input((6,))
+    heads = zip("za", units, strict=True)
+    return keras.Model(
+        inputs,
+        [layers.Dense(n, activations.get(k), name=k)(inputs) for k, n in heads],
+    )
+
+
+def test_outputs_go_by_their_names(rng):
+    """Their order is the model's, not the alphabet's."""
+    model, x = two_heads(), gaussian(rng, 8, 6)
+    y = [gaussian(rng, 8, 3), gaussian(rng, 8, 3)]
+    names, losses = model.output_names, ["mse", "mae"]
+    expected = measure(model, x, y, loss=losses)
+    named = dict(zip(names, losses, strict=True))
+    labels = dict(reversed([*zip(names, y, strict=True)]))
+    model.compile("sgd", named, loss_weights={"a": 1.0, "z": 10.0})
+    for found, factor in (
+        (measure(model, x, labels, loss=named), 1),
+        (measure(model, x, y), 10),  # the compiled losses and their weights
+        (measure(model, x, y, loss=losses, loss_weights=[10, 1]), 10),
+    ):
+        for name, by in (("a", 1), ("z", factor)):
+            wanted = by * expected.at(name).gradient
+            assert found.at(name).gradient == pytest.approx(wanted, rel=1e-5)
+    only = measure(model, x, y, loss={"a": "mae", "z": None})
+    assert only.at("z").gradient == 0 < only.at("a").gradient
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none", "sum_over_batch_size"])
+def test_gradients_are_those_of_the_sum_over_samples(rng, reduction):
+    model, x, y = deep(1, 8), gaussian(rng, 16, 8), gaussian(rng, 16, 10)
+    loss = keras.losses.MeanSquaredError(reduction=reduction)
+    gradient = 2 * (numpy_of(model(x)) - y) / 10
+    expected = np.sqrt((gradient**2).sum(1).mean())
+    found = measure(model, x, y, loss=loss).at("head").gradient
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_losses_suit_each_output(rng):
+    """One unit and three, classes and one-hot, logits and probabilities."""
+    model = two_heads((1, 3), z="sigmoid")
+    x, y = gaussian(rng, 8, 6), np.arange(8) % 3
+    found = [
+        measure(model, x, [y > 1, labels])
+        for labels in (y, np.eye(3, dtype=int)[y], np.eye(3)[y])
+    ]
+    p, logits = map(numpy_of, model(x))
+    binary = np.linalg.norm(x.T @ (p - (y > 1)[:, None]) / 8)
+    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    cross = softmax - np.eye(3)[y]
+    square = 2 * (logits - np.eye(3)[y]) / 3
+    for m, gradient in zip(found, (cross, cross, square), strict=True):
+        expected = np.sqrt((gradient**2).sum(1).mean())
+        assert m.at("a").gradient == pytest.approx(expected, rel=1e-4)
+        assert m.at("z").weight_gradient == pytest.approx(binary, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -506,6 +597,10 @@ def test_losses(rng):
         ({"batch_size": 0}, "batch_size"),
         ({"model": "model.keras"}, "no Keras model"),
         ({"y": np.zeros(4), "loss": "no such loss"}, "loss"),
+        ({"y": np.zeros(4), "loss": ["mse", "mse"]}, "do not match"),
+        ({"y": np.zeros((4, 3)), "loss": "mse"}, "does not fit"),
+        ({"y": {"tail": np.zeros(4)}}, "unknown outputs: got 'tail'"),
+        ({"x": iter([np.zeros((4, 8))]), "y": np.zeros(5), "samples": 8}, "as many"),
     ],
 )
 def test_bad_arguments_are_refused(change, words):

@@ -122,6 +122,12 @@ def test_other_methods_are_refused(norm):
         LSTMCell(4, norm)
 
 
+def test_arguments_that_no_norm_takes_are_refused():
+    for arguments in ({"epsilonn": 1}, {"name": "norm"}):
+        with pytest.raises(kerasnorm.KerasNormError, match="refuses its arguments"):
+            LSTM(4, norm_arguments=arguments)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_zero_dropout_rates_and_masks(kind):
     """Dropout drops in training alone, one mask for all steps of a sequence."""
@@ -242,6 +248,20 @@ def test_a_sequence_norm_needs_its_layer():
         made_layer.build(X.shape)
         randomize(made_layer)
     np.testing.assert_array_equal(numpy(stock(x)), numpy(own(x)))
+
+
+@pytest.mark.parametrize("sequence", SEQUENCE)
+@pytest.mark.parametrize("unroll", [False, True])
+def test_before_the_first_step_that_counts_outputs_are_zero(sequence, unroll):
+    layer = made("lstm", **SEQUENCE[sequence], return_sequences=True, unroll=unroll)
+    start = [np.full((4, 4), 0.5, "float32")] * 2
+    mask = MASK.copy()
+    mask[2] = False
+    y = numpy(layer(X, mask=mask, initial_state=start))
+    np.testing.assert_array_equal(y[2], 0)
+    np.testing.assert_array_equal(y[3, 0], 0)
+    np.testing.assert_array_equal(y[3, 3], y[3, 2])
+    assert (y[3, 1] != 0).all()
 
 
 def test_time_specific_statistics_are_those_of_each_step():

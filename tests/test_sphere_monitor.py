@@ -80,6 +80,35 @@ def test_on_spheres_norms_stay(rng):
     assert max(history["sphere/angle"]) <= 0.05 * (1 + 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_weight_without_a_gradient_and_an_error_in_fit(rng):
+    """Neither harms: the first counts as 0, after the second training goes on."""
+    inputs = keras.Input((6,))
+    heads = [
+        layers.BatchNormalization()(layers.Dense(2, name=name)(inputs)) for name in "ab"
+    ]
+    model = keras.Model(inputs, heads)
+    optimizer = keras.optimizers.SGD(0.1)
+    model.compile(optimizer, ["mse", None], run_eagerly=True)
+    x, y = rng.normal(size=(8, 6)), [rng.normal(size=(8, 2))] * 2
+
+    class Stops(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise RuntimeError
+
+    monitor = SphereMonitor()
+    with pytest.raises(RuntimeError):
+        model.fit(x, y, verbose=0, callbacks=[monitor, Stops()])
+    angle = dict(zip(monitor.paths, monitor.last["angle"], strict=True))
+    assert angle["a/kernel"] > 0 == angle["b/kernel"]
+    if keras.backend.backend() == "tensorflow":  # JAX steps on all or none
+        model.get_layer("a").trainable = False
+        model.compile(optimizer, ["mse", None], run_eagerly=True)
+        model.fit(x, y, verbose=0)
+        model.fit(x, y, verbose=0, callbacks=[monitor])
+    assert "apply" not in vars(optimizer) or keras.backend.backend() != "tensorflow"
+
+
 def test_a_model_without_such_weights():
     model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
     model.compile("sgd", "mse")

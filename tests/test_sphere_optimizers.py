@@ -162,6 +162,29 @@ def test_no_drift_in_other_geometries(options):
         assert off(optimizer) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_joint_sphere_is_kept_where_a_weight_gets_no_gradient(rng):
+    model = network()
+    optimizer = OnSphere(O.SGD(5.0, 0.9), model, spheres="joint")
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    held = sorted(optimizer._held)
+    norms = [np.linalg.norm(ops.convert_to_numpy(variables[i])) for i in held]
+    for absent in (held[:1], held[1:], held):
+        grads = [
+            None
+            if i in absent
+            else ops.convert_to_tensor(rng.normal(size=v.shape).astype("float32"))
+            for i, v in enumerate(variables)
+        ]
+        optimizer.apply(grads, variables)
+        now = [np.linalg.norm(ops.convert_to_numpy(variables[i])) for i in held]
+        np.testing.assert_allclose(np.linalg.norm(now), np.linalg.norm(norms), 1e-5)
+        for i, before, after in zip(held, norms, now, strict=True):
+            assert i not in absent or after == before
+        norms = now
+
+
 def oracle(w, gradients, rate, momentum, nesterov, units, step, limit=None):
     """Riemannian momentum SGD on `(fan_in, filters)`, float64, unit by unit."""
     w, m = w.copy(), np.zeros_like(w)
@@ -419,7 +442,8 @@ def test_what_is_refused():
         OnSphere(O.SGD(), plain)
     with pytest.raises(KerasNormError, match="wraps an optimizer"):
         OnSphere(O.LossScaleOptimizer(O.SGD()), model)
-    for bad in ({"spheres": "cube"}, {"step": "jump"}, {"max_angle": 2.0}):
+    angles = [{"max_angle": angle} for angle in (2.0, "wide")]
+    for bad in ({"spheres": "cube"}, {"step": "jump"}, *angles):
         with pytest.raises(KerasNormError, match="bad "):
             OnSphere(O.SGD(), model, **bad)
     if hasattr(O, "ScheduleFreeAdamW"):

@@ -11,6 +11,7 @@ import numpy as np
 from keras.src.utils.io_utils import print_msg  # has no public name
 
 from kerasnorm import replicas
+from kerasnorm.callbacks._steps import Steps
 from kerasnorm.errors import KerasNormError, count
 from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, Site
@@ -22,10 +23,10 @@ class PropertyMonitor(keras.callbacks.Callback):
     Logged at the end of every epoch, so that they stand in `history` and in every
     logger behind this callback: `variance_growth` and `gradient_growth` (factors a
     layer), `cosine`, `stable_rank`, `effective_rank` (at the last layer), `dead` (the
-    largest share), `gradient_norm`, `weight_norm` (of all kernels together),
-    `effective_learning_rate`, `relative_step` (the median and the largest over layers),
-    `statistics_distance` (the largest) and `dependence`. With `layers`, also
-    `gradient/<path>` and the like for each layer. See
+    largest share behind the first layer), `gradient_norm`, `weight_norm` (of all
+    kernels together), `effective_learning_rate`, `relative_step` (the median and the
+    largest over layers), `statistics_distance` (the largest) and `dependence`. With
+    `layers`, also `gradient/<path>` and the like for each layer. See
     `kerasnorm.properties.measure` for what they are.
 
     Nothing of the training is changed: no weight, no moving statistic, no state of a
@@ -48,12 +49,14 @@ class PropertyMonitor(keras.callbacks.Callback):
         every: epochs between two measurements; in the others the last values are
             logged again. None for none at the end of epochs.
         every_steps: also measure after this many training steps, counted over all
-            epochs.
+            epochs; where several run at a time (`steps_per_execution`), after those in
+            which the number is reached.
         layers: properties to log for each layer as well, `("gradient",)`; TensorBoard
             gets all of them anyway.
         log_dir: where to write TensorBoard's summaries, by step; none are written
             where it is None. Needs TensorFlow.
-        samples: at most this many, evenly spaced.
+        samples: at most this many, evenly spaced; the first of a source of batches,
+            which is read once.
         prefix: of the logged names.
         verbose: 1 prints the cost when training ends.
         **settings: as for `measure`: `batch_size`, `loss`, `training`, ...
@@ -82,7 +85,9 @@ class PropertyMonitor(keras.callbacks.Callback):
         **settings: Any,
     ):
         super().__init__()
-        for name, value in (("every", every), ("every_steps", every_steps)):
+        counts = {"every": every, "every_steps": every_steps}
+        counts["batch_size"] = settings.get("batch_size")
+        for name, value in counts.items():
             if value is not None:
                 count(name, value)
         unknown = [name for name in layers if name not in Site.figures()]
@@ -96,12 +101,13 @@ class PropertyMonitor(keras.callbacks.Callback):
             _tensorflow()  # a missing TensorFlow shows here
         self.x, self.y = x, y
         self.every, self.every_steps = every, every_steps
+        self._steps = Steps(every_steps)
         self.layers, self.log_dir = tuple(layers), log_dir
         self.prefix, self.verbose = prefix, verbose
         self.settings = {"samples": samples, **settings}
         self.history: list[tuple[int, Measurement]] = []
         self.seconds = 0.0
-        self._began, self._steps = 0.0, 0
+        self._began = 0.0
         self._last: dict[str, float] = {}
         self._writer: Any = None
         self._measurer: Measurer | None = None
@@ -116,16 +122,19 @@ class PropertyMonitor(keras.callbacks.Callback):
         self._began, self.seconds = time.perf_counter(), 0.0
         self._measurer = None  # loss and learning rate may be others now
         if self.model.built:  # a mistake shows before the first epoch, not after it
-            batch = self.settings.get("batch_size", 64)
-            checked(self.model, self.x, self.y, batch, self.settings["samples"])
+            self._read()
+
+    def _read(self) -> None:
+        """Keeps what is measured on: a generator gives it once."""
+        inputs, labels = checked(self.model, self.x, self.y, self.settings["samples"])
+        self.x, self.y = inputs.pack(inputs.arrays), labels or None
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps += 1
-        if self.every_steps and self._steps % self.every_steps == 0:
+        if self._steps.passed(batch, (self.params or {}).get("steps")):
             self._measure()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        done = bool(self.history) and self.history[-1][0] == self._steps
+        done = bool(self.history) and self.history[-1][0] == self._steps.count
         if self.every and (epoch % self.every == 0 or not self._last) and not done:
             self._measure()
         if logs is not None:
@@ -145,9 +154,10 @@ class PropertyMonitor(keras.callbacks.Callback):
         started = time.perf_counter()
         model = self.model  # on JAX, asking for it brings it up to date
         if self._measurer is None:
+            self._read()
             self._measurer = Measurer(model, self.x, self.y, **self.settings)
         found = self._measurer()
-        self.history.append((self._steps, found))
+        self.history.append((self._steps.count, found))
         values = figures(found)
         each = {
             f"{name}/{site.path}": float(getattr(site, name))
@@ -168,7 +178,7 @@ class PropertyMonitor(keras.callbacks.Callback):
         # What `tf.summary.scalar` writes, which asks for TensorBoard to be installed.
         plugin = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="scalars")
         about = tf.compat.v1.SummaryMetadata(plugin_data=plugin)
-        with self._writer.as_default(step=self._steps):
+        with self._writer.as_default(step=self._steps.count):
             for name, value in values.items():
                 tag = f"properties/{self.prefix}{name}"
                 tf.summary.write(tag, tf.constant(value, "float32"), metadata=about)
@@ -196,9 +206,11 @@ def figures(m: Measurement) -> dict[str, float]:
         if len(all_of(name)):
             values[name] = float(np.median(all_of(name)))
             values[f"{name}_max"] = float(all_of(name).max())
-    for name in ("dead", "statistics_distance"):
-        if len(all_of(name)):
-            values[name] = float(all_of(name).max())
+    dead = [s.dead for s in m.sites if s.kind == "linear" and s.depth > 1]
+    if known := [v for v in dead if v is not None]:  # the first layer reads the data
+        values["dead"] = max(known)
+    if len(all_of("statistics_distance")):
+        values["statistics_distance"] = float(all_of("statistics_distance").max())
     last = [s.dependence for s in m.sites if s.kind == "output"]
     if last and last[0] is not None:
         values["dependence"] = float(last[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -55,8 +56,10 @@ class SphereMonitor(keras.callbacks.Callback):
         self.last: dict[str, np.ndarray] = {}
         self._flows: list[Any] = []
         self._tap: Any = None
+        self._release: Callable[[], Any] = lambda: None
 
     def on_train_begin(self, logs: Any = None) -> None:
+        self._release()  # of a fit that an error ended
         trained = {id(v): i for i, v in enumerate(self.model.trainable_variables)}
         self._flows = [
             f
@@ -83,23 +86,31 @@ class SphereMonitor(keras.callbacks.Callback):
             optimizer = optimizer.inner_optimizer
         plain, tap = optimizer.apply, self._tap
         variables = [f.kernel.variable for f in self._flows]
-        order = {id(v): i for i, v in enumerate(self.model.trainable_variables)}
 
         def apply(grads: Any, trainable_variables: Any = None) -> None:
             grads = list(grads)
             given = trainable_variables
-            places = order if given is None else {id(v): i for i, v in enumerate(given)}
+            given = optimizer._trainable_variables if given is None else given
+            known = {id(v): g for v, g in zip(given, grads, strict=True)}
             before = [backend.value(v) for v in variables]
             plain(grads, trainable_variables)
             after = [backend.value(v) for v in variables]
-            found = [backend.value(grads[places[id(v)]]) for v in variables]
+            found = [  # zeros where the loss knows nothing of a weight
+                ops.zeros_like(w) if known.get(id(v)) is None else known[id(v)]
+                for v, w in zip(variables, before, strict=True)
+            ]
+            found = [backend.value(g) for g in found]
             if replicas.count() > 1:  # the optimizer adds them up as well
                 found = replicas.sum_all(*found)
             rows = zip(spheres, before, after, found, strict=True)
             tap.put(ops.stack([_figures(*row) for row in rows]))
 
+        def release() -> None:
+            if vars(optimizer).get("apply") is apply:  # not another monitor's around it
+                del vars(optimizer)["apply"]
+
         vars(optimizer)["apply"] = apply
-        self._release = lambda: vars(optimizer).pop("apply", None)
+        self._release = release
         self.model.make_train_function(force=True)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -12,7 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm.method import Method, Reason, get, read
+from kerasnorm.errors import KerasNormError
+from kerasnorm.method import Method, Reason, get, methods, read
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap.apply import apply
 from kerasnorm.swap.plan import Plan, plan
@@ -34,6 +35,25 @@ STUDIED = (
     "scaled_weight_standardization",
     "none",
 )
+
+
+def chosen(names: Any) -> list[Method]:
+    """The methods to compare, each once.
+
+    Args:
+        names: names or methods, one or several; `"all"`; None for those of `STUDIED`.
+
+    Raises:
+        KerasNormError: an unknown method, or none.
+    """
+    if isinstance(names, str) and names == "all":
+        return list(methods().values())
+    names = STUDIED if names is None else names
+    names = [names] if isinstance(names, (str, Method)) else names
+    found = {get(name).name: get(name) for name in names}
+    if not found:
+        raise KerasNormError("no method to compare", got="methods=[]")
+    return list(found.values())
 
 
 def fresh(model: Any, seed: int = 0) -> Any:

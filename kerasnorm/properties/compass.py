@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from kerasnorm import method as registry
 from kerasnorm.errors import KerasNormError, count
 from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
-from kerasnorm.properties.confirm import Training, train
+from kerasnorm.properties.confirm import Training, innermost, train
+from kerasnorm.properties.loss import objective
 from kerasnorm.properties.measure import checked, measure
 from kerasnorm.properties.measurement import Measurement, aligned, number
 from kerasnorm.results import Result, drawn
@@ -241,7 +243,7 @@ def compass(
         x, y: inputs and labels, see `measure`.
         methods: names; `"all"` for every method that applies; by default those of
             Lubana et al. (2021): ten, and none.
-        batch_sizes: one or several.
+        batch_sizes: one, fewer where there are not as many samples, or several.
         learning_rates: one or several, of the step that a method has to stand; that of
             the compiled optimizer by default, else 0.01.
         momentum: of that step, in [0, 1); that of the compiled optimizer by default,
@@ -252,7 +254,8 @@ def compass(
         confirm: train each candidate that is not ruled out for so many steps; needs
             `y`.
         loss: see `measure`.
-        samples: at most this many are measured.
+        samples: at most this many are measured, and no fewer than the largest of
+            several batches holds.
         memory: bytes that a batch may take, about.
         seed: of the weights and of the order in which samples are trained on.
         report: where to write the report, see `Compass.save`.
@@ -276,21 +279,30 @@ def compass(
     ['batch', 'layer']
     """
     started = time.perf_counter()
-    chosen = _chosen(methods)
+    chosen = making.chosen(methods)
     sizes = np.ravel(batch_sizes).tolist()
-    rates: list[Any] = (
-        list(learning_rates)
-        if isinstance(learning_rates, (Sequence, np.ndarray))
-        else [learning_rates]
-    )
+    rates: list[Any] = np.ravel(learning_rates).tolist()  # type: ignore[arg-type]
     if momentum is None:
-        momentum = float(getattr(getattr(model, "optimizer", None), "momentum", 0.9))
-    _check(sizes, rates, momentum, weights, confirm, y)
-    inputs, labels = checked(model, x, y, max(sizes), samples)
-    base = making.fresh(model, seed) if weights == "fresh" else model
-    loss = loss if loss is not None else getattr(model, "loss", None)
-    start = None
+        optimizer = innermost(getattr(model, "optimizer", None))
+        momentum = float(getattr(optimizer, "momentum", 0.9))
+    _check(sizes, rates, momentum, weights, confirm, y, report)
+    if confirm:  # training takes all of the data
+        inputs, labels = checked(model, x, y, None)
+        x, y = inputs.pack(inputs.arrays), labels
+    samples = max(count("samples", samples), *sizes) if len(sizes) > 1 else samples
+    inputs, labels = checked(model, x, y, samples)
+    if len(sizes) == 1:
+        sizes = [min(*sizes, len(inputs))]
+    elif max(sizes) > len(inputs):
+        raise KerasNormError(
+            "a batch holds more samples than there are",
+            got=f"batch_sizes={sizes}, {len(inputs)} samples",
+            fix="Give more data or smaller batches.",
+        )
+    parts = objective(model, labels, loss) if labels else (None, None)
+    base, start = model, None
     if weights == "fresh":
+        base = making.fresh(model, seed)
         start = making.as_inputs(inputs.arrays, max(sizes))
 
     def under(method: registry.Method) -> Iterator[Candidate]:
@@ -309,7 +321,8 @@ def compass(
                 inputs.pack(inputs.arrays),
                 labels or None,
                 batch_size=size,
-                loss=loss,
+                loss=parts[0],
+                loss_weights=parts[1],
                 learning_rate=rates[0],
                 samples=samples,
                 memory=memory,
@@ -323,9 +336,8 @@ def compass(
                 name += [f"lr {rate:g}"] if len(rates) > 1 else []
                 training = None
                 if confirm and not out:
-                    training = train(
-                        new, x, y, confirm, size, m.learning_rate, loss, model, seed
-                    )
+                    step = (size, m.learning_rate)
+                    training = train(new, x, y, confirm, *step, *parts, model, seed)
                 yield Candidate(
                     ", ".join(name),
                     method.name,
@@ -370,20 +382,14 @@ def compass(
     return result
 
 
-def _chosen(methods: Any) -> list[registry.Method]:
-    if methods is None:
-        return [registry.get(name) for name in making.STUDIED]
-    if isinstance(methods, str) and methods == "all":
-        return list(registry.methods().values())
-    names = [methods] if isinstance(methods, (str, registry.Method)) else list(methods)
-    found = {registry.get(name).name: registry.get(name) for name in names}
-    if not found:
-        raise KerasNormError("no method to compare", got="methods=[]")
-    return list(found.values())
-
-
 def _check(
-    sizes: Any, rates: Any, momentum: float, weights: Any, confirm: Any, y: Any
+    sizes: Any,
+    rates: Any,
+    momentum: float,
+    weights: Any,
+    confirm: Any,
+    y: Any,
+    report: Any,
 ) -> None:
     if not 0 <= momentum < 1:
         raise KerasNormError(
@@ -403,9 +409,17 @@ def _check(
             got=repr(weights),
             expected="'fresh' or 'given'",
         )
-    if confirm and y is None:
+    if confirm and count("confirm", confirm) and y is None:
         raise KerasNormError(
             "training needs labels", got=f"confirm={confirm}, y=None", fix="Pass y."
+        )
+    forms = Compass("")._forms()
+    path = Path("report.html" if report is None else report).absolute()
+    if path.suffix.lower() not in forms or not path.parent.is_dir():
+        raise KerasNormError(
+            "the report cannot be written",
+            got=str(report),
+            expected=f"a folder that exists, a name that ends in {', '.join(forms)}",
         )
 
 

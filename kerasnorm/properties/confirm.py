@@ -7,9 +7,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import tree
 
-from kerasnorm.properties.loss import suitable
+from kerasnorm.properties.loss import in_order
 from kerasnorm.swap import data as reading
 from rewriters.edit import edit
 
@@ -34,7 +33,8 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    loss: Any = None,
+    loss: Any,
+    loss_weights: Any = None,
     like: Any = None,
     seed: int = 0,
 ) -> Training:
@@ -45,24 +45,22 @@ def train(
         x, y: all data; more of it than is measured makes a better test.
         steps: how many steps; the data is gone through as often as it takes.
         batch_size, learning_rate: of the training.
-        loss: see `measure`.
-        like: a compiled model whose optimizer and loss are taken; stochastic gradient
-            descent with momentum 0.9 where there is none.
+        loss, loss_weights: as `compile` takes them.
+        like: a compiled model whose optimizer is taken, with a constant rate;
+            stochastic gradient descent with momentum 0.9 where there is none.
         seed: of the order of the samples.
     """
     model = edit(model, {}).model
     inputs = reading.collect(model, x)
-    labels = [keras.ops.convert_to_numpy(v) for v in tree.flatten(y)]
+    labels = [keras.ops.convert_to_numpy(v) for v in in_order(model, y)]
     optimizer = getattr(like, "optimizer", None)
     if optimizer is None:
         optimizer = keras.optimizers.SGD(learning_rate, momentum=0.9)
     else:
-        config = {**optimizer.get_config(), "learning_rate": learning_rate}
-        optimizer = type(optimizer).from_config(config)
-    loss = loss if loss is not None else getattr(like, "loss", None)
-    loss = loss if loss is not None else suitable(model, labels)
+        optimizer = _fresh(optimizer, learning_rate)
     # Compiled step by step: XLA takes longer to compile than these steps take to run.
-    model.compile(optimizer, loss, jit_compile=keras.backend.backend() == "jax")
+    jit = keras.backend.backend() == "jax"
+    model.compile(optimizer, loss, loss_weights, jit_compile=jit)
     rng = np.random.default_rng(seed)
     batch_size = min(batch_size, len(inputs))
     per_epoch = len(inputs) // batch_size
@@ -90,3 +88,22 @@ def train(
     losses += [float("nan")] * (steps - len(losses))
     final = float("inf") if diverged else float(np.mean(tail))
     return Training(tuple(losses), final)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, within those that wrap it."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def _fresh(optimizer: Any, learning_rate: float) -> Any:
+    """An optimizer like another one for another model. The scaling of the loss stays
+    around it; what else wraps it holds weights of the model that it was made for."""
+    inner = innermost(optimizer)
+    config = {**inner.get_config(), "learning_rate": learning_rate}
+    new = type(inner).from_config(config)
+    if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return new
+    config = {**optimizer.get_config(), "inner_optimizer": new}
+    return keras.optimizers.LossScaleOptimizer(**config)

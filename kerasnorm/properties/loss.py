@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -15,8 +15,67 @@ from kerasnorm.errors import KerasNormError
 Tensor = Any
 
 
+def in_order(model: Any, values: Any) -> list[Any]:
+    """Labels, losses or loss weights, flat, in the order of the model's outputs.
+
+    As Keras reads them: a dict goes by the names of the outputs. What a dict leaves out
+    is None.
+
+    Raises:
+        KerasNormError: a name that no output has.
+    """
+    outputs = getattr(model, "_outputs_struct", None)  # None where there is no graph
+    if outputs is None or not isinstance(values, Mapping):
+        return tree.flatten(values)
+    by_key = isinstance(outputs, Mapping)
+    names = tree.flatten({k: k for k in outputs}) if by_key else model.output_names
+    if not set(values) <= set(names):
+        raise KerasNormError(
+            "unknown outputs",
+            got=", ".join(map(repr, values)),
+            expected=f"some of {', '.join(map(repr, names))}",
+        )
+    return tree.flatten([values.get(name) for name in names])
+
+
+def objective(
+    model: Any, labels: Sequence[np.ndarray], loss: Any = None, loss_weights: Any = None
+) -> tuple[list[Any], list[Any]]:
+    """The loss of each output, None where it has none, and its weight.
+
+    Args:
+        model: the model.
+        labels: an array for each output.
+        loss, loss_weights: as for `summed_loss`.
+
+    Raises:
+        KerasNormError: an unknown loss; not one for each output.
+    """
+    if loss is None:
+        loss = getattr(model, "loss", None)
+        if loss_weights is None:
+            compiled = getattr(model, "_compile_loss", None)  # has no public name
+            loss_weights = getattr(compiled, "_user_loss_weights", None)
+    given = suitable(model, labels) if loss is None else in_order(model, loss)
+    try:
+        losses = [keras.losses.get(part) for part in given]
+    except (ValueError, TypeError) as error:
+        raise KerasNormError("unknown loss", got=f"{loss!r}: {error}") from error
+    weights = [1.0] if loss_weights is None else in_order(model, loss_weights)
+    count = len(labels)
+    if any(len(part) not in (1, count) for part in (losses, weights)) or not any(
+        losses
+    ):
+        raise KerasNormError(
+            "losses and labels do not match",
+            got=f"loss={loss!r}, loss_weights={loss_weights!r}",
+            expected=f"one for each of the {count} outputs",
+        )
+    return [(part * count)[:count] for part in (losses, weights)]  # type: ignore
+
+
 def summed_loss(
-    model: Any, labels: Sequence[np.ndarray], loss: Any, seed: int
+    model: Any, labels: Sequence[np.ndarray], loss: Any, loss_weights: Any, seed: int
 ) -> Callable[[Any, Sequence[Any]], Tensor]:
     """`f(outputs, y) -> scalar`, the sum over samples of their losses.
 
@@ -24,47 +83,52 @@ def summed_loss(
         model: the model whose outputs come in.
         labels: the labels, flat; empty where there are none.
         loss: a loss as `compile` takes it; None for the model's own, or, where it is
-            not compiled, cross entropy for integer labels and squared error for
-            others. Without labels, the gradient starts in a random direction of the
-            outputs, standard normal, for each sample.
+            not compiled, one that is `suitable`. Without labels, the gradient starts in
+            a random direction of the outputs, standard normal, for each sample.
+        loss_weights: as `compile` takes them; None for the model's own beside its own
+            loss.
         seed: of these directions.
 
     Raises:
-        KerasNormError: labels that no loss is known for.
+        KerasNormError: as `objective`; labels that do not fit the loss.
     """
     if not labels:
         return lambda outputs, y: _random_directions(outputs, seed)
-    loss = loss if loss is not None else getattr(model, "loss", None)
-    if loss is None:
-        loss = suitable(model, labels)
-    try:
-        losses = [_one(part) for part in tree.flatten(loss)]
-    except (ValueError, TypeError) as error:
-        raise KerasNormError("unknown loss", got=f"{loss!r}: {error}") from error
+    losses, weights = objective(model, labels, loss, loss_weights)
 
     def total(outputs: Any, y: Sequence[Any]) -> Tensor:
         flat = tree.flatten(outputs)
-        if len(y) != len(flat) or len(losses) not in (1, len(flat)):
+        if len(y) != len(flat):
             raise KerasNormError(
-                "labels, losses and outputs do not match",
-                got=f"{len(y)} label arrays, {len(losses)} losses",
+                "labels and outputs do not match",
+                got=f"{len(y)} label arrays",
                 expected=f"one for each of the {len(flat)} outputs",
             )
-        functions = losses * len(flat) if len(losses) == 1 else losses
-        values = [
-            ops.cast(f(t, ops.cast(p, "float32")), "float32")
-            for f, t, p in zip(functions, y, flat, strict=True)
-        ]
-        return sum(values[1:], values[0]) * flat[0].shape[0]
+        rows = zip(losses, weights, y, flat, strict=True)
+        try:
+            values = [
+                _sum(f, t, ops.cast(p, "float32"), flat[0].shape[0])
+                * (1.0 if weight is None else weight)
+                for f, weight, t, p in rows
+                if f is not None
+            ]
+        except Exception as error:  # each backend has its own
+            raise KerasNormError(
+                "the loss does not fit labels and outputs",
+                got=f"labels of shape {[tuple(t.shape) for t in y]}: {error}",
+                fix="Pass another `loss`.",
+            ) from error
+        return sum(values[1:], values[0])
 
     return total
 
 
-def _one(loss: Any) -> Any:
-    found = keras.losses.get(loss)
-    if isinstance(found, keras.losses.Loss):
-        return found
-    return lambda y, p: ops.mean(found(y, p))  # type: ignore[operator]
+def _sum(loss: Any, y: Tensor, outputs: Tensor, samples: int) -> Tensor:
+    """The sum over samples, whatever the loss makes of a batch."""
+    values = ops.cast(loss(y, outputs), "float32")
+    if getattr(loss, "reduction", "mean") in ("sum", "none", None):
+        return ops.sum(values)
+    return ops.mean(values) * samples
 
 
 def _random_directions(outputs: Any, seed: int) -> Tensor:
@@ -77,28 +141,39 @@ def _random_directions(outputs: Any, seed: int) -> Tensor:
     return total
 
 
-def suitable(model: Any, labels: Sequence[np.ndarray]) -> Any:
-    """Cross entropy for integer labels, of logits or of probabilities by the last
-    activation; squared error for others."""
-    whole = [np.asarray(y).dtype.kind in "iub" for y in labels]
-    if not all(whole):
+def suitable(model: Any, labels: Sequence[np.ndarray]) -> list[Any]:
+    """A loss for each output: cross entropy for integer labels, which are classes or
+    one-hot, of logits or of probabilities by the last activation; squared error for
+    others."""
+    return [_suitable(model, k, np.asarray(y)) for k, y in enumerate(labels)]
+
+
+def _suitable(model: Any, k: int, y: np.ndarray) -> Any:
+    if y.dtype.kind not in "iub":
         return keras.losses.MeanSquaredError()
-    units = _units(model)
-    squashed = _last_activation(model) in ("softmax", "sigmoid")
-    if units == 1:
-        return keras.losses.BinaryCrossentropy(from_logits=not squashed)
-    return keras.losses.SparseCategoricalCrossentropy(from_logits=not squashed)
+    shapes = [tuple(t.shape) for t in getattr(model, "outputs", None) or ()]
+    shape: tuple[Any, ...] = shapes[k] if k < len(shapes) else ()
+    ending = _ending(model, k)
+    logits = ending not in ("softmax", "sigmoid")
+    alike = len(shape) == y.ndim and shape[-1] == y.shape[-1]
+    if shape[-1:] == (1,) or (alike and ending == "sigmoid"):
+        return keras.losses.BinaryCrossentropy(from_logits=logits)
+    if alike:
+        return keras.losses.CategoricalCrossentropy(from_logits=logits)
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
 
 
-def _units(model: Any) -> int | None:
-    outputs = getattr(model, "outputs", None)
-    return outputs[0].shape[-1] if outputs else None
-
-
-def _last_activation(model: Any) -> str:
-    """Name of the activation that makes the outputs, as far as layers tell."""
-    layers = [x for x in model._flatten_layers(include_self=False) if not x._layers]
-    last = layers[-1] if layers else None
-    if isinstance(last, keras.layers.Softmax):
-        return "softmax"
-    return getattr(getattr(last, "activation", None), "__name__", "")
+def _ending(model: Any, k: int) -> str:
+    """Name of the activation that makes an output, as far as layers tell."""
+    outputs = getattr(model, "outputs", None) or ()
+    last = model
+    if k < len(outputs):
+        made = outputs[k]._keras_history
+        last = made.operation
+        if getattr(last, "outputs", None):  # a model within
+            return _ending(last, made.tensor_index)
+    if isinstance(last, keras.layers.Layer):
+        leaves = [x for x in last._flatten_layers() if not x._layers]
+        last = leaves[-1] if leaves else last
+    name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
+    return name.lower()

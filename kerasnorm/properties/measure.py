@@ -13,7 +13,7 @@ from keras import tree
 from kerasnorm.errors import KerasNormError, count
 from kerasnorm.method import Source, read
 from kerasnorm.properties import definitions as d
-from kerasnorm.properties.loss import summed_loss
+from kerasnorm.properties.loss import in_order, summed_loss
 from kerasnorm.properties.measurement import Measurement, Site
 from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
 from kerasnorm.reparametrized import Reparametrized
@@ -62,16 +62,19 @@ class Measurer:
         model: a built Keras model of any kind.
         x: inputs: arrays, a list or dict of arrays, a `tf.data.Dataset`, a `PyDataset`
             or an iterable of batches.
-        y: labels, `(samples, ...)`, or one array for each output. Without, gradients
-            start in random directions of the outputs instead of at a loss.
+        y: labels, `(samples, ...)`, or one array for each output, in a list or by its
+            name. Without, gradients start in random directions of the outputs instead
+            of at a loss.
         batch_size: samples that pass together, which batch statistics are of; fewer
             where `memory` asks for it. A rest that fills no batch is left out.
         loss: as `compile` takes it; the compiled one by default, or one that suits the
             labels.
+        loss_weights: as `compile` takes them; beside the compiled loss its own.
         learning_rate: of the effective learning rate and the relative step; that of
             the compiled optimizer by default, else 0.01.
         training: as the model is trained; False for inference, with running statistics.
-        samples: at most this many are used, evenly spaced.
+        samples: at most this many are used: of arrays evenly spaced, of a source of
+            batches the first.
         memory: bytes that a batch may take, about.
         seed: of the random directions.
 
@@ -87,13 +90,15 @@ class Measurer:
         *,
         batch_size: int = 64,
         loss: Any = None,
+        loss_weights: Any = None,
         learning_rate: float | None = None,
         training: bool = True,
         samples: int = 256,
         memory: float = 2e9,
         seed: int = 0,
     ):
-        inputs, labels = checked(model, x, y, batch_size, samples)
+        count("batch_size", batch_size)
+        inputs, labels = checked(model, x, y, samples)
         self.notes: list[str] = []
         self.model, self.training, self.rate = model, training, learning_rate
         self.inputs, self.labels = inputs, labels
@@ -116,7 +121,7 @@ class Measurer:
             self.watched,
             inputs.pack,
             len(inputs.arrays),
-            summed_loss(model, labels, loss, seed),
+            summed_loss(model, labels, loss, loss_weights, seed),
             training,
         )
 
@@ -173,9 +178,14 @@ class Measurer:
 
 
 def checked(
-    model: Any, x: Any, y: Any, batch_size: int, samples: int
+    model: Any, x: Any, y: Any, samples: int | None
 ) -> tuple[reading.Inputs, list[np.ndarray]]:
-    """Inputs and flat labels, as many of them, or an error that says what is wrong."""
+    """Inputs and flat labels, as many of them, or an error that says what is wrong.
+
+    Args:
+        model, x, y: as for `Measurer`.
+        samples: at most this many; None for all.
+    """
     if not isinstance(model, keras.Model):
         raise KerasNormError(
             "this is no Keras model",
@@ -183,18 +193,24 @@ def checked(
             expected="a keras.Model",
             fix="Open a saved one with kerasnorm.load.",
         )
-    for name, value in (("batch_size", batch_size), ("samples", samples)):
-        count(name, value)
-    inputs = reading.collect(model, x, None if y is not None else samples)
+    if samples is not None:
+        count("samples", samples)
+    streamed = reading.batches_of(x) is not None
+    inputs = reading.collect(model, x, samples if y is None or streamed else None)
     if y is None:
         return inputs, []
-    labels = [keras.ops.convert_to_numpy(v) for v in tree.flatten(y)]
-    if any(not v.ndim or len(v) != len(inputs) for v in labels):
+    labels = [keras.ops.convert_to_numpy(v) for v in in_order(model, y)]
+    n = len(inputs)
+    if streamed and (inputs.cut or n == samples):  # there may be more of it
+        labels = [v[:n] if v.ndim else v for v in labels]
+    if any(not v.ndim or len(v) != n for v in labels):
         raise KerasNormError(
             "there are not as many labels as inputs",
             got=f"labels of shape {[v.shape for v in labels]}",
-            expected=f"{len(inputs)} of them",
+            expected=f"{n} of them",
         )
+    if samples is None:
+        return inputs, labels
     both = reading.Inputs([*inputs.arrays, *labels], 0).spread(samples).arrays
     n = len(inputs.arrays)
     return reading.Inputs(both[:n], inputs.structure), both[n:]

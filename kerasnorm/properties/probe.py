@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,8 @@ class Reading:
         mean, variance: `(channels,)` of the activations read.
         cosines, norms: `gram` of the activations.
         sketch: `(samples, entries)`, some of the activations.
-        gradient_cosines, gradient_norms: `gram` of the gradients at the output.
+        gradient_cosines, gradient_norms: `gram` of the gradients at the output, over
+            all calls of a shared layer: the norm is the root mean square.
     """
 
     mean: Array | None = None
@@ -186,6 +188,7 @@ class Pass:
         self.structure, self.count = structure, count
         self.loss, self.training = loss, training
         self.traces = 0  # how often the model's code ran
+        self._calls: Counter[int] = Counter()  # in one run, by the probe's number
         kernels = {id(k): k for p in self.watched for k in p.kernels}
         self.variables = list(kernels.values())
         self._both = watched_gradients(self._forward, model, self.variables)
@@ -208,8 +211,9 @@ class Pass:
         found = {k: Reading(**_numpy(r)) for k, r in more.items()}
         for k, reading in found.items():
             if k != OUTPUT:
-                reading.gradient_cosines = _numpy(slots[2 * k])
-                reading.gradient_norms = _numpy(slots[2 * k + 1])
+                reading.gradient_cosines, reading.gradient_norms = _over_calls(
+                    _numpy(slots[3 * k : 3 * k + 3]), self._calls[k]
+                )
         norms = {
             id(v): float(np.linalg.norm(_numpy(g).astype("float64"))) / samples
             for v, g in zip(self.variables, gradients, strict=True)
@@ -221,7 +225,8 @@ class Pass:
         return _numpy(self._alone([ops.convert_to_tensor(v) for v in x]))
 
     def _slots(self, samples: int) -> list[Array]:
-        shapes = ((samples, samples), (samples,)) * len(self.watched)
+        square = (samples, samples)
+        shapes = (square, (samples,), square) * len(self.watched)
         return [np.zeros(shape, "float32") for shape in shapes]
 
     def _forward(self, slots: Sequence[Any], given: Sequence[Any]) -> tuple[Any, Any]:
@@ -229,6 +234,7 @@ class Pass:
         samples = inputs[0].shape[0]
         found: dict[int, dict[str, Any]] = {}
         self.traces += 1
+        self._calls.clear()
 
         def note(layer: Any, args: Any, kwargs: Any, outputs: Any) -> Any:
             k = self._number[id(layer)]
@@ -239,7 +245,8 @@ class Pass:
                 found[k] = self._read(x, self.watched[k].axis, samples)
             if not _countable(flat[0], samples):
                 return None
-            flat[0] = _marked(flat[0], samples, *slots[2 * k : 2 * k + 2])
+            self._calls[k] += 1
+            flat[0] = _marked(flat[0], samples, slots[3 * k : 3 * k + 3])
             return tree.pack_sequence_as(outputs, flat)
 
         with (
@@ -294,13 +301,31 @@ def _scope() -> Any:
     return contextlib.nullcontext() if inside else keras.StatelessScope()
 
 
-def _marked(y: Tensor, samples: int, cosines: Tensor, norms: Tensor) -> Tensor:
-    """`y`, whose gradient's `gram` becomes the gradient of the two slots."""
+def _marked(y: Tensor, samples: int, slots: Sequence[Tensor]) -> Tensor:
+    """`y`, whose gradient's `gram` and inner products become that of the slots."""
 
-    def identity(y, cosines, norms):
-        return ops.copy(y), lambda upstream: (upstream, *gram(upstream, samples))
+    def identity(y, *slots):
+        def backward(upstream):
+            cosines, norms = gram(upstream, samples)
+            products = cosines * norms * norms[:, None]
+            return upstream, cosines, norms, products
 
-    return backend.custom_gradient(identity)(y, cosines, norms)
+        return ops.copy(y), backward
+
+    return backend.custom_gradient(identity)(y, *slots)
+
+
+def _over_calls(sums: Sequence[Array], calls: int) -> tuple[Array, Array]:
+    """`gram` of the gradients at all calls of a layer, from the sums over them.
+
+    What adds up is inner products; of one call the rest keeps all of float32's range.
+    """
+    cosines, norms, products = sums
+    if calls <= 1:
+        return cosines, norms
+    norms = np.sqrt(np.diagonal(products))
+    safe = np.where(norms > 0, norms, 1.0)
+    return products / safe / safe[:, None], norms / np.sqrt(calls)
 
 
 def _sketch(x: Tensor, samples: int) -> Tensor:

@@ -4,6 +4,7 @@ weight cannot matter."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,13 +139,14 @@ class OnSphere(keras.optimizers.Optimizer):
                 expected="a fresh one",
             )
         angle = self.max_angle
+        number = isinstance(angle, numbers.Real)
         for what, got, fine, expected in (
             ("spheres", self.spheres, self.spheres in SPHERES, f"one of {SPHERES}"),
             ("step", self.step, self.step in STEPS, f"one of {STEPS}"),
             (
                 "max_angle",
                 angle,
-                angle is None or 0 < angle < math.pi / 2,
+                angle is None or (number and 0 < angle < math.pi / 2),
                 "between 0 and pi / 2, or None",
             ),
         ):
@@ -288,8 +290,13 @@ class OnSphere(keras.optimizers.Optimizer):
             )
         places = [inner._get_variable_index(v) for v in variables]
         held = [n for n, i in enumerate(places) if i in self._held]
+        if not held:
+            return plain(grads, variables, rate)
         w = [tensor(variables[n]) for n in held]
         square = sum(ops.sum(ops.square(self._radii[i])) for i in self._held)
+        for i in set(self._held) - set(places):  # without a gradient they stay
+            still = tensor(inner._trainable_variables[i])
+            square = square - ops.sum(geometry.inner(still, still))
         length = ops.sqrt(square)
 
         def along(us: list[Tensor]) -> list[Tensor]:

@@ -97,6 +97,8 @@ def run(network="contrast", swaps=tuple(SWAPS), fits=tuple(FITS)):
         arguments = SWAPS[swap]
         for fit in fits:
             method, images, more = FITS[fit]
+            if method is None and arguments.get("groups") == "auto":
+                continue  # it is the fit that chooses
             data = x[:images] if images else None
             once = forward_seconds(model, data) if images else 0.0
             seconds = 0.0

@@ -17,7 +17,9 @@ import numpy as np
 from keras.src.backend.common import global_state
 
 from rewriters.errors import RewriteError
+from rewriters.formats.modernize import problems
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
+from rewriters.formats.tensorflow_ops import Unsupported
 
 
 _PENDING = "uninitialized_variables"
@@ -112,6 +114,7 @@ def _functional(spec: Spec) -> Any:
     }
     outputs: dict[tuple[str, int], list[Any]] = {}
     todo: list[tuple[Spec, int, Call]] = []
+    unsupported: dict[str, Unsupported] = {}
     for s in assert_layers:
         if s.kind == "InputLayer":
             outputs[s.name, 0] = keras.tree.flatten(layers[s.name].output)
@@ -127,14 +130,21 @@ def _functional(spec: Spec) -> Any:
             if all((r.layer, r.node) in outputs for r in needed):
                 args = map_refs(tensor, call.args)
                 kwargs = map_refs(tensor, call.kwargs)
-                result = (
-                    _operate(s, i, args, kwargs)
-                    if s.operation
-                    else layers[s.name](*args, **kwargs)
-                )
-                outputs[s.name, i] = keras.tree.flatten(result)
+                try:
+                    result = (
+                        _operate(s, i, args, kwargs)
+                        if s.operation
+                        else layers[s.name](*args, **kwargs)
+                    )
+                except Unsupported as e:
+                    unsupported[s.name] = e
+                else:
+                    outputs[s.name, i] = keras.tree.flatten(result)
             else:
                 waiting.append((s, i, call))
+        error = problems(operations=[f"{k} ({e})" for k, e in unsupported.items()])
+        if error and len(waiting) in (0, len(todo)):
+            raise error from next(iter(unsupported.values()))
         if len(waiting) == len(todo):
             raise RewriteError(
                 f"The graph of the model {spec.name!r} is broken",
@@ -152,16 +162,22 @@ def _functional(spec: Spec) -> Any:
 
 
 def _operate(spec: Spec, index: int, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    """Calls an operation; the last node it makes takes the stored layer's name."""
+    """Calls an operation; the nodes it makes are named after the stored layer."""
     result = spec.cls(*args, **kwargs)
+    name = spec.name if index == 0 else f"{spec.name}_call_{index}"
+    name = name.replace("/", ".")
     known = {id(t) for t in keras.tree.flatten([args, kwargs])}
-    for made in keras.tree.flatten(result):
+    todo, named = keras.tree.flatten(result), set()
+    while todo:
+        made = todo.pop(0)
         history = getattr(made, "_keras_history", None)
-        if history is not None and id(made) not in known:
-            name = spec.name if index == 0 else f"{spec.name}_call_{index}"
-            operation = history.operation
-            operation.name = name.replace("/", ".")
-            if hasattr(operation, "_auto_config"):
-                operation._auto_config.config["name"] = operation.name
-            break
+        if history is None or id(made) in known or history.operation in named:
+            continue
+        operation = history.operation
+        # The last node, found first, is the layer that the file has.
+        operation.name = f"{name}.{len(named)}" if named else name
+        if hasattr(operation, "_auto_config"):
+            operation._auto_config.config["name"] = operation.name
+        named.add(operation)
+        todo += operation._inbound_nodes[history.node_index].input_tensors
     return result

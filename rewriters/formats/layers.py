@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -96,6 +97,18 @@ class StdInstanceNormalization(keras.layers.Layer):
         return {**super().get_config(), **plain, **own}
 
 
+def getitem(tensor: Any, slice_spec: Any, var: Any = None) -> Any:
+    """`tensor[slice_spec]`, where a slice is a dict of its start, stop and step."""
+
+    def one(item: Any) -> Any:
+        named = ("start", "stop", "step")
+        return slice(*(item[k] for k in named)) if isinstance(item, dict) else item
+
+    if isinstance(slice_spec, (list, tuple)):
+        return tensor[tuple(one(item) for item in slice_spec)]
+    return tensor[one(slice_spec)]
+
+
 @keras.saving.register_keras_serializable("rewriters")
 class TensorFlowFunction(keras.Operation):
     """A TensorFlow function that Keras 3 has no operation for, called by its name.
@@ -107,27 +120,43 @@ class TensorFlowFunction(keras.Operation):
         name: name of the operation.
     """
 
-    # What a file may name: pure functions of tensors. Nothing that reads or writes
+    # What a file may name: functions of tensors alone. Nothing that reads or writes
     # files, calls back into Python or runs a graph is reachable from here.
     MODULES = ("math", "nn", "linalg", "image", "signal", "bitwise", "strings")
-    FUNCTIONS = (
-        "shape rank size fill zeros ones zeros_like ones_like range reshape "
-        "broadcast_to strided_slice slice gather gather_nd scatter_nd reverse "
-        "sequence_mask searchsorted unique boolean_mask eye linspace roll "
-        "space_to_batch batch_to_space convert_to_tensor constant stack concat"
-    ).split()
+    FUNCTIONS = frozenset(
+        "shape rank size fill zeros ones zeros_like ones_like range reshape tile "
+        "repeat pad broadcast_to strided_slice slice split squeeze expand_dims "
+        "transpose where gather gather_nd scatter_nd reverse sequence_mask "
+        "searchsorted unique boolean_mask eye linspace roll one_hot unstack stack "
+        "concat sort argsort norm tensordot cumsum clip_by_norm "
+        "tensor_scatter_nd_update reverse_sequence ensure_shape space_to_batch "
+        "space_to_batch_nd batch_to_space batch_to_space_nd div convert_to_tensor "
+        "constant complex dtypes.complex dtypes.saturate_cast saturate_cast "
+        "random.normal random.uniform random.truncated_normal".split()
+    )
 
     def __init__(self, function: str, *, name: str | None = None):
         super().__init__(name=name)
         self.function = function
-        if not self.allowed(function):
+        if self.find(function) is None:
             raise ValueError(f"tf.{function} may not be called from a file")
 
     @classmethod
-    def allowed(cls, function: str) -> bool:
-        """Whether a file may name `function`."""
-        head, _, tail = function.partition(".")
-        return head in cls.FUNCTIONS if not tail else head in cls.MODULES
+    def find(cls, function: str) -> Callable[..., Any] | None:
+        """Returns `tf.<function>`, None if there is none that a file may name."""
+        if function == "__operators__.getitem":
+            return getitem
+        name = function.removeprefix("compat.v1.")
+        head, _, tail = name.partition(".")
+        if name not in cls.FUNCTIONS and not (tail and head in cls.MODULES):
+            return None
+        import tensorflow as tf
+
+        found: Any = tf
+        for part in function.split("."):
+            # Behind an underscore lie the modules that TensorFlow imports.
+            found = None if part.startswith("_") else getattr(found, part, None)
+        return found if callable(found) else None
 
     def compute_output_spec(self, *args, **kwargs):
         # Keras calls the product of a tensor and a number sparse; TensorFlow would
@@ -140,9 +169,25 @@ class TensorFlowFunction(keras.Operation):
         return super().compute_output_spec(*args, **kwargs)
 
     def call(self, *args, **kwargs):
-        import tensorflow as tf
-
-        function: Any = tf
-        for part in self.function.split("."):
-            function = getattr(function, part)
+        function: Any = self.find(self.function)
         return function(*args, **kwargs)
+
+
+@keras.saving.register_keras_serializable("rewriters")
+class TensorShape(keras.Operation):
+    """A tensor's shape as a tensor, like `tf.shape`.
+
+    Args:
+        dtype: integer type of the result.
+        name: name of the operation.
+    """
+
+    def __init__(self, dtype: str = "int32", *, name: str | None = None):
+        super().__init__(name=name)
+        self.dtype = dtype
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor((len(x.shape),), self.dtype)
+
+    def call(self, x):
+        return ops.convert_to_tensor(ops.shape(x), self.dtype)

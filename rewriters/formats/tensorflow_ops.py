@@ -8,6 +8,7 @@ tf.keras made a layer of every TensorFlow function called on a symbolic tensor:
 from __future__ import annotations
 
 import base64
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from rewriters.formats.layers import TensorFlowFunction
+from rewriters.formats.layers import TensorFlowFunction, TensorShape, getitem
 
 
 LAYERS = (
@@ -29,14 +30,34 @@ LAYERS = (
 )
 
 
+class Unsupported(Exception):
+    """A call that has no form here; says which operation and why."""
+
+
 def function(kind: str, config: dict[str, Any]) -> Callable[..., Any] | None:
-    """Returns a function of the layer's tensors and arguments, None if unknown."""
-    if kind == "TensorFlowOpLayer":
-        return _node_function(config)
-    symbol = str(config.get("function", "")).removeprefix("compat.v1.")
-    if kind not in ("TFOpLambda", "SlicingOpLambda"):
+    """Returns a function of the layer's tensors and arguments, None if unknown.
+
+    It raises `Unsupported` for arguments that it cannot take.
+    """
+    call = _node_function(config) if kind == "TensorFlowOpLayer" else None
+    if kind in ("TFOpLambda", "SlicingOpLambda"):
+        call = _named_function(str(config.get("function", "")))
+    if call is None:
         return None
-    neutral = _FUNCTIONS.get(symbol)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except Exception as e:  # TensorFlow refuses arguments in any way
+            ours = isinstance(e, (_NotStatic, Unsupported))
+            reason = e if ours else "the stored arguments do not fit"
+            raise Unsupported(f"{describe(kind, config)}: {reason}") from e
+
+    return checked
+
+
+def _named_function(symbol: str) -> Callable[..., Any] | None:
+    neutral = _FUNCTIONS.get(symbol.removeprefix("compat.v1."))
     fallback = _tensorflow(symbol)
     if neutral is None:
         return fallback
@@ -72,26 +93,95 @@ def operation_class(kind: str, module: str | None) -> type | None:
 
 
 class _NotStatic(Exception):
-    """An argument that `keras.ops` needs as a number is a tensor here."""
+    """An argument that `keras.ops` has no form for, though TensorFlow may."""
+
+    def __init__(
+        self, reason: str = "takes a tensor or an option that keras.ops does not"
+    ):
+        super().__init__(reason)
 
 
 def _static(value: Any) -> Any:
-    if any(isinstance(v, keras.KerasTensor) for v in keras.tree.flatten(value)):
+    value = _folded(value)
+    if _symbolic(value):
         raise _NotStatic
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return value
 
 
+def _symbolic(value: Any) -> bool:
+    return any(isinstance(v, keras.KerasTensor) for v in keras.tree.flatten(value))
+
+
+def _folded(value: Any) -> Any:
+    """`value` with numbers in place of what shapes settle before any call."""
+
+    def one(v: Any) -> Any:
+        try:
+            numbers = _numbers(v, {}) if isinstance(v, keras.KerasTensor) else None
+        except _NotStatic:
+            return v
+        if numbers is None or not np.isfinite(numbers).any():
+            return v
+        if numbers.ndim == 0:
+            return int(numbers)
+        return [int(n) if np.isfinite(n) else v[i] for i, n in enumerate(numbers)]
+
+    return keras.tree.map_structure(one, value)
+
+
+# What operations do to sizes: numbers, NaN where only a call can tell.
+_SIZES: dict[str, Callable[..., Any]] = {
+    "TensorShape": lambda _, x: [np.nan if n is None else n for n in x.shape],
+    "GetItem": lambda _, x, key: x[key],
+    "Cast": lambda _, x: x,
+    "Add": lambda _, x, y: x + y,
+    "Subtract": lambda _, x, y: x - y,
+    "Multiply": lambda _, x, y: x * y,
+    "FloorDivide": lambda _, x, y: x // y,
+    "Maximum": lambda _, x, y: np.maximum(x, y),
+    "Minimum": lambda _, x, y: np.minimum(x, y),
+    "Prod": lambda op, x: np.prod(x, keepdims=op.keepdims),
+    "ExpandDims": lambda op, x: np.expand_dims(x, op.axis),
+    "Stack": lambda _, xs: np.stack(xs),
+    "Concatenate": lambda _, xs: np.concatenate(xs),
+}
+
+
+def _numbers(tensor: keras.KerasTensor, seen: dict[int, Any]) -> np.ndarray:
+    """The sizes that an integer tensor holds, found back along the graph."""
+    shape = tensor.shape
+    # A float may be rounded otherwise than here; no shape has more than 16 numbers.
+    if tensor.dtype not in ("int32", "int64") or None in shape or shape > (16,):
+        raise _NotStatic
+    if id(tensor) not in seen:
+        history = tensor._keras_history
+        rule = _SIZES.get(type(history.operation).__name__)
+        if rule is None:
+            return np.full(shape, np.nan)
+        arguments = history.operation._inbound_nodes[history.node_index].arguments
+
+        def known(v: Any) -> Any:
+            return _numbers(v, seen) if isinstance(v, keras.KerasTensor) else v
+
+        args = arguments.args
+        if not isinstance(history.operation, TensorShape):
+            args = keras.tree.map_structure(known, args)
+        with np.errstate(all="ignore"):
+            seen[id(tensor)] = np.asarray(rule(history.operation, *args), "float64")
+    return seen[id(tensor)]
+
+
 def _tensorflow(symbol: str) -> Callable[..., Any] | None:
     """The TensorFlow function itself, where that is the backend."""
-    if keras.backend.backend() != "tensorflow" or not TensorFlowFunction.allowed(
-        symbol
-    ):
+    if keras.backend.backend() != "tensorflow" or not TensorFlowFunction.find(symbol):
         return None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kwargs.pop("name", None)
+        folded = _folded((args, kwargs))
+        args, kwargs = folded if _symbolic(folded) else (args, kwargs)
         return TensorFlowFunction(symbol)(*args, **kwargs)
 
     return call
@@ -99,7 +189,21 @@ def _tensorflow(symbol: str) -> Callable[..., Any] | None:
 
 def _tensor(value: Any) -> Any:
     """A list of numbers as an array, so that it is an operand and not a structure."""
-    return np.asarray(value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    array = np.asarray(value)
+    return array.astype(
+        {"f": "float32", "i": "int32"}.get(array.dtype.kind, array.dtype)
+    )
+
+
+def _alike(values: Any) -> list[Any]:
+    """Tensors and constants; TensorFlow gives a constant the tensors' type."""
+    dtype = next(v.dtype for v in values if isinstance(v, keras.KerasTensor))
+    return [
+        v if isinstance(v, keras.KerasTensor) else np.asarray(v).astype(dtype)
+        for v in values
+    ]
 
 
 def _binary(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,7 +236,8 @@ def _reduction(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arg(op: Callable[..., Any]) -> Callable[..., Any]:
-    def call(input: Any, axis: Any = None, output_type: Any = "int64", **_: Any):
+    def call(input: Any, axis: Any = None, output_type: Any = "int64", **old: Any):
+        axis = old.get("dimension") if axis is None else axis
         return ops.cast(
             op(input, axis=0 if axis is None else _static(axis)), output_type
         )
@@ -141,7 +246,7 @@ def _arg(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _concat(values: Any, axis: Any) -> Any:
-    return ops.concatenate(values, axis=_static(axis))
+    return ops.concatenate(_alike(values), axis=_static(axis))
 
 
 def _split(value: Any, num_or_size_splits: Any, axis: Any = 0, num: Any = None) -> Any:
@@ -155,7 +260,29 @@ def _split(value: Any, num_or_size_splits: Any, axis: Any = 0, num: Any = None) 
 
 
 def _reshape(tensor: Any, shape: Any) -> Any:
-    return ops.reshape(tensor, [int(s) for s in _static(shape)])
+    shape = _folded(shape)
+    if isinstance(shape, (list, tuple)):
+        unknown = [n for n in shape if isinstance(n, keras.KerasTensor) or n == -1]
+        if len(unknown) == 1:  # the others settle it
+            shape = [-1 if n is unknown[0] else n for n in shape]
+    return ops.reshape(tensor, [int(n) for n in _static(shape)])
+
+
+def _like(op: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor, dtype=None, **_: op(tensor, dtype=dtype)
+
+
+def _convert(value: Any, dtype: Any = None, **_: Any) -> Any:
+    value = _tensor(value)
+    return value if dtype is None else ops.cast(value, dtype)
+
+
+def _add_n(inputs: Any) -> Any:
+    return functools.reduce(ops.add, inputs)
+
+
+def _batch_flatten(x: Any) -> Any:
+    return keras.layers.Flatten()(x)
 
 
 def _squeeze(input: Any, axis: Any = None, **old: Any) -> Any:
@@ -239,14 +366,10 @@ def _pool(kind: str) -> Callable[..., Any]:
 
 
 def _getitem(tensor: Any, slice_spec: Any, var: Any = None) -> Any:
-    def one(item: Any) -> Any:
-        if isinstance(item, dict):
-            item = slice(*(_static(item.get(k)) for k in ("start", "stop", "step")))
-        return _static(item)
-
-    if isinstance(slice_spec, (list, tuple)):
-        return tensor[tuple(one(i) for i in slice_spec)]
-    return tensor[one(slice_spec)]
+    index = _folded(slice_spec)
+    if _symbolic(index):
+        raise _NotStatic
+    return getitem(tensor, index if isinstance(index, (list, tuple)) else [index])
 
 
 def _one_hot(
@@ -261,7 +384,7 @@ def _one_hot(
 def _gather(params: Any, indices: Any, validate_indices=None, axis=None, batch_dims=0):
     if batch_dims:
         raise _NotStatic
-    return ops.take(params, _tensor(indices), axis=_static(axis) or 0)
+    return ops.take(_tensor(params), _tensor(indices), axis=_static(axis) or 0)
 
 
 def _transpose(a: Any, perm: Any = None, conjugate: bool = False) -> Any:
@@ -277,7 +400,10 @@ def _tile(input: Any, multiples: Any) -> Any:
 
 
 def _repeat(input: Any, repeats: Any, axis: Any = None) -> Any:
-    return ops.repeat(input, _static(repeats), axis=axis)
+    repeats = _static(repeats)
+    if isinstance(repeats, list) and len(repeats) > 1 and axis is not None:
+        return ops.take(input, np.repeat(np.arange(len(repeats)), repeats), axis=axis)
+    return ops.repeat(_tensor(input), repeats, axis=axis)
 
 
 def _leaky_relu(features: Any, alpha: float = 0.2) -> Any:
@@ -305,7 +431,8 @@ def _bias_add(value: Any, bias: Any, data_format: Any = None) -> Any:
 def _where(condition: Any, x: Any = None, y: Any = None) -> Any:
     if x is None or y is None:
         raise _NotStatic
-    return ops.where(condition, _tensor(x), _tensor(y))
+    x, y = _alike([x, y]) if _symbolic([x, y]) else (_tensor(x), _tensor(y))
+    return ops.where(condition, x, y)
 
 
 def _cast(x: Any, dtype: Any) -> Any:
@@ -329,8 +456,24 @@ def _tensordot(a: Any, b: Any, axes: Any) -> Any:
     return ops.tensordot(_tensor(a), _tensor(b), axes=_static(axes))
 
 
-def _einsum(equation: str, *inputs: Any, **_: Any) -> Any:
-    return ops.einsum(equation, *inputs)
+def _incomplete(*_: Any, **__: Any) -> Any:
+    raise Unsupported("Keras 2 left some of its tensors out of the file")
+
+
+def _sort(op: Callable[..., Any]) -> Callable[..., Any]:
+    def call(values: Any, axis: int = -1, direction: str = "ASCENDING", **_: Any):
+        if direction != "ASCENDING":
+            raise _NotStatic
+        return op(values, axis=axis)
+
+    return call
+
+
+def _norm(tensor: Any, ord: Any = "euclidean", axis: Any = None, keepdims=None, **old):
+    if ord != "euclidean":
+        raise _NotStatic
+    keepdims = keepdims or old.get("keep_dims")
+    return ops.sqrt(_reduction(ops.sum)(ops.square(tensor), axis, keepdims))
 
 
 def _squared_difference(x: Any, y: Any) -> Any:
@@ -342,9 +485,16 @@ def _expand_dims(input: Any, axis: Any = None, dim: Any = None) -> Any:
 
 
 def _stack(values: Any, axis: int = 0) -> Any:
-    if not all(isinstance(v, keras.KerasTensor) for v in values):
-        raise _NotStatic
-    return ops.stack(values, axis=axis)
+    if all(isinstance(v, keras.KerasTensor) for v in values):
+        return ops.stack(values, axis=axis)
+    # Keras saves a constant without axes as a number, which it cannot stack.
+    wide = [
+        ops.expand_dims(v, axis)
+        if isinstance(v, keras.KerasTensor)
+        else np.expand_dims(v, axis)
+        for v in _alike(values)
+    ]
+    return ops.concatenate(wide, axis=axis)
 
 
 def _unstack(value: Any, num: Any = None, axis: int = 0) -> Any:
@@ -377,7 +527,8 @@ for _name in (
     _define(_binary(getattr(ops, _name)), f"math.{_name}")
 for _name, _op in {
     "divide": ops.true_divide, "truediv": ops.true_divide, "pow": ops.power,
-    "floordiv": ops.floor_divide, "floormod": ops.mod, "mod": ops.mod,
+    "floordiv": ops.floor_divide, "floor_div": ops.floor_divide,
+    "floormod": ops.mod, "mod": ops.mod,
     "squared_difference": _squared_difference, "atan2": ops.arctan2,
 }.items():  # fmt: skip
     _define(_binary(_op), f"math.{_name}")
@@ -419,7 +570,8 @@ _NAMED: tuple[tuple[Any, ...], ...] = (
     (_unstack, "unstack"), (_pad, "pad"), (_tile, "tile"), (_repeat, "repeat"),
     (_transpose, "transpose"), (_clip, "clip_by_value"), (_cast, "cast"),
     (_where, "where"), (_gather, "gather"), (_one_hot, "one_hot"),
-    (_reverse, "reverse"), (_broadcast_to, "broadcast_to"), (_einsum, "einsum"),
+    (_reverse, "reverse"), (_broadcast_to, "broadcast_to"),
+    (_incomplete, "einsum", "meshgrid"),
     (_tensordot, "tensordot"), (_matmul, "linalg.matmul"),
     (lambda x, y: _matmul(x, y), "__operators__.matmul"),
     (_l2_normalize, "math.l2_normalize", "nn.l2_normalize"),
@@ -431,7 +583,14 @@ _NAMED: tuple[tuple[Any, ...], ...] = (
     (_cumsum(ops.cumsum), "math.cumsum"), (_cumsum(ops.cumprod), "math.cumprod"),
     (_pool("max"), "nn.max_pool2d", "nn.max_pool", "nn.max_pool1d"),
     (_pool("avg"), "nn.avg_pool2d", "nn.avg_pool", "nn.avg_pool1d"),
-    (_getitem, "__operators__.getitem"),
+    (_getitem, "__operators__.getitem"), (_norm, "norm", "linalg.norm"),
+    (_sort(ops.sort), "sort"), (_sort(ops.argsort), "argsort"),
+    (ops.binary_crossentropy, "keras.backend.binary_crossentropy"),
+    (ops.categorical_crossentropy, "keras.backend.categorical_crossentropy"),
+    (_batch_flatten, "keras.backend.batch_flatten"), (_add_n, "math.add_n"),
+    (_convert, "convert_to_tensor"),
+    (_like(ops.zeros_like), "zeros_like"), (_like(ops.ones_like), "ones_like"),
+    (lambda input, out_type="int32": TensorShape(out_type)(input), "shape"),
 )  # fmt: skip
 _named: Any
 for _named in _NAMED:
@@ -521,7 +680,9 @@ def _node_call(op: str, attr: dict[str, Any]) -> Callable[..., Any] | None:
         "Squeeze": lambda x: _squeeze(x, attr.get("squeeze_dims") or None),
         "ConcatV2": lambda *xs: _concat(list(xs[:-1]), xs[-1]),
         "Pack": lambda *xs: _stack(list(xs), attr.get("axis", 0)),
-        "AddN": lambda *xs: ops.sum(ops.stack(list(xs)), axis=0),
+        "Shape": lambda x: TensorShape()(x),
+        "Einsum": lambda *xs: ops.einsum(attr["equation"], *xs),
+        "AddN": lambda *xs: _add_n(xs),
         "Split": lambda axis, x: _split(x, attr["num_split"], axis),
         "SplitV": lambda x, sizes, axis: _split(x, sizes, axis),
         "Unpack": lambda x: _unstack(x, attr.get("num"), attr.get("axis", 0)),

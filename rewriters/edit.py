@@ -158,10 +158,8 @@ class _Copier:
             config = layer.get_config()
         except NotImplementedError:
             return self._replica(layer)
-        for key in ("activation", "recurrent_activation"):
-            function = getattr(layer, key, None)
-            if key in config and _is_own_function(function):
-                config[key] = function  # its name may be that of one of Keras
+        if type(layer).__module__.startswith("keras."):
+            config = {**config, **_own_functions(layer, config)}
         try:
             with keras.saving.custom_object_scope(self.classes):
                 new = construct(type(layer), config)
@@ -324,8 +322,15 @@ def accepted(
     return kept
 
 
-def _is_own_function(x: Any) -> bool:
-    return isinstance(x, types.FunctionType) and not x.__module__.startswith("keras.")
+def _own_functions(layer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Activations not of Keras: a config has their names, which Keras may use too."""
+    keys = [k for k in ("activation", "recurrent_activation") if k in config]
+    found = {k: getattr(layer, k, None) for k in keys}
+    return {
+        k: f
+        for k, f in found.items()
+        if isinstance(f, types.FunctionType) and not f.__module__.startswith("keras.")
+    }
 
 
 def _same_names(old: Any, new: Any) -> None:

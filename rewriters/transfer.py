@@ -20,7 +20,7 @@ Pairs = Mapping[int, tuple[Any, Any]]
 
 
 def copy_weights(pairs: Pairs, skip: set[int] = frozenset()) -> None:  # type: ignore
-    """Copies weights and `trainable` flags from old layers to new.
+    """Copies weights, vocabularies and `trainable` flags from old layers to new.
 
     Args:
         pairs: `id(old) -> (old, new)`; layers inside them are paired by where their
@@ -41,6 +41,25 @@ def copy_weights(pairs: Pairs, skip: set[int] = frozenset()) -> None:  # type: i
                     expected=f"{tuple(v.shape)}",
                 )
             assign(w, v)
+        finalize(new)
+        _copy_vocabulary(old, new)
+
+
+def finalize(layer: Any) -> None:
+    """Makes an adapted normalization use its variables, once these have values."""
+    if isinstance(layer, keras.layers.Normalization):
+        layer.finalize_state()
+
+
+def _copy_vocabulary(old: Any, new: Any) -> None:
+    """A vocabulary that was adapted is neither a variable nor in the config."""
+    lookups = (keras.layers.StringLookup, keras.layers.IntegerLookup)
+    if not isinstance(old, lookups) or not int(old.lookup_table.size()):
+        return
+    words, weights = old.get_vocabulary(), None
+    if old.output_mode == "tf_idf":  # they may be padded
+        weights = old.idf_weights_const.numpy()[: len(words)]
+    new.set_vocabulary(words, weights)
 
 
 def paired_layers(pairs: Pairs, skip: set[int]) -> Iterator[tuple[Any, Any]]:

@@ -11,7 +11,7 @@ from conftest import SHARED
 from keras import layers, ops
 
 import kerasnorm.compat  # noqa: F401 (registers converters)
-from rewriters import RewriteError
+from rewriters import RewriteError, edit
 from rewriters.formats import load
 from rewriters.formats.layers import StdInstanceNormalization, hard_sigmoid_2
 
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not support masking"),
     pytest.mark.filterwarnings("ignore:.*was passed an input with a mask"),
     pytest.mark.filterwarnings("ignore:The model is compiled without"),
+    pytest.mark.filterwarnings("ignore:Training differs"),
     pytest.mark.filterwarnings("ignore:.*unclosed.*:ResourceWarning"),
 ]
 
@@ -255,7 +256,8 @@ def states(k, tf):
     _, h, c = k.layers.LSTM(4, return_state=True)(first)
     decoded = k.layers.LSTM(4, return_sequences=True)(second, initial_state=[h, c])
     both = k.layers.Bidirectional(k.layers.LSTM(4, return_state=True))(first)
-    return k.Model([first, second], [decoded, k.layers.GRU(4)(second, h), *both])
+    then = k.layers.Bidirectional(k.layers.LSTM(4))(second, initial_state=both[1:])
+    return k.Model([first, second], [decoded, k.layers.GRU(4)(second, h), *both, then])
 
 
 @reference
@@ -333,9 +335,21 @@ def preprocessing(k, tf):
             adapted(inputs), made.Rescaling(1 / 255.0, offset=-1)(inputs),
             made.Normalization(mean=[1.0, 2, 3], variance=[1.0, 4, 9])(inputs),
             made.Resizing(4, 5)(inputs), made.CenterCrop(4, 4)(inputs),
+            made.RandomCrop(4, 6)(inputs), made.RandomHeight(0.2)(inputs),
+            made.RandomWidth(0.2)(inputs),
             made.RandomFlip()(inputs), made.RandomRotation(0.1)(inputs),
         ],
     )  # fmt: skip
+
+
+@reference
+def added_losses(k, tf):
+    inputs = k.Input((4,))
+    x = k.layers.Dense(3)(inputs)
+    model = k.Model(inputs, k.layers.Dense(2, name="out")(x))
+    model.add_loss(tf.reduce_mean(k.layers.Dense(2, name="aside")(x)))
+    model.add_metric(tf.reduce_mean(x), name="mean")
+    return model
 
 
 @reference
@@ -514,12 +528,47 @@ def test_keras_2_computes_the_same(name, suffix, references, tmp_path):
     inputs, wanted, folder, flags = references(name)
     model = load(folder / f"model{suffix}")
     check(outputs(model, inputs), wanted)
-    if name != "shared_by_two_models":  # Keras 3 cannot save these shared
+    if name not in ("shared_by_two_models", "added_losses"):  # Keras 3 lacks these
         assert len(model.trainable_weights) == len(flags)
     again = resaved(model, tmp_path)
     check(outputs(again, inputs), wanted)
     names = [x.name for x in getattr(model, "operations", model.layers)]
     assert names == [x.name for x in getattr(again, "operations", again.layers)]
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="tensors of strings"
+)
+def test_an_archives_vocabularies_are_kept(tmp_path):
+    k = pytest.importorskip("tf_keras")
+    import tensorflow as tf
+
+    words, numbers, made = k.Input((1,), dtype="string"), k.Input((1,)), k.layers
+    text = made.TextVectorization(max_tokens=9, output_sequence_length=4)
+    weighted = made.TextVectorization(
+        max_tokens=9, output_mode="tf_idf", pad_to_max_tokens=True
+    )
+    look, count = made.StringLookup(output_mode="one_hot"), made.IntegerLookup()
+    for layer in (text, weighted, look):
+        layer.adapt(["a b", "b c b"])
+    count.adapt([4, 4, 7])
+    inner = k.Model(words, made.Dense(2)(look(words)))
+    old = k.Model(
+        [words, numbers], [inner(words), text(words), weighted(words), count(numbers)]
+    )
+    inputs = [tf.constant([["a b"], ["b x"]]), tf.constant([[7.0], [5.0]])]
+    wanted = [np.array(y) for y in old(inputs)]
+    old.save(tmp_path / "m.keras")
+    check(outputs(load(tmp_path / "m.keras"), inputs), wanted)
+
+
+def test_a_vocabulary_that_the_format_lacks_is_told(tmp_path):
+    text = layers.TextVectorization(name="text")
+    text.adapt(np.array(["a b"]))
+    model = keras.Sequential([keras.Input((1,), dtype="string"), text])
+    model.save(tmp_path / "m.h5")
+    with pytest.warns(UserWarning, match="no vocabulary of text:"):
+        load(tmp_path / "m.h5")
 
 
 def test_an_operation_keeps_its_layers_name(references):
@@ -618,6 +667,16 @@ def keras_3_models():
             keras.Model(flat, layers.Dense(3)(flat), name="end")(x),
         ),
         "custom": keras.Sequential([keras.Input((4,)), Doubled(layers.Dense(3))]),
+        "stateful": keras.Sequential(
+            [keras.Input(batch_shape=(3, 6, 4)), layers.LSTM(3, stateful=True)]
+        ),
+        "grouped attention": keras.Model(
+            steps, layers.GroupQueryAttention(2, 4, 2)(steps, steps)
+        ),
+        "quantized": keras.Model(
+            flat,
+            [layers.Dense(3, dtype=f"int{n}_from_float32")(flat) for n in (4, 8)],
+        ),
     }
 
 
@@ -640,6 +699,13 @@ def test_keras_3_computes_the_same(name, suffix, tmp_path):
     assert len(new.trainable_weights) == len(model.trainable_weights)
 
 
+def test_an_archive_that_was_not_zipped(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.save(tmp_path / "folder", zipped=False)
+    data = [np.ones((2, 4), "float32")]
+    check(outputs(load(tmp_path / "folder"), data), outputs(model, data), 1e-6)
+
+
 def test_content_decides_not_the_name(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
     model.save(tmp_path / "m.keras")
@@ -659,6 +725,8 @@ def test_lambdas_are_named_and_replaced(tmp_path):
         with pytest.raises(RewriteError, match="triple, more"):
             load(path)
         given = {"triple": lambda t: t * 3, "more": lambda t: t + 1}
+        with pytest.raises(RewriteError, match=r"got less.*triple, more"):
+            load(path, lambdas={**given, "less": lambda t: t - 1})
         check(outputs(load(path, lambdas=given), data), outputs(model, data), 1e-6)
     trusted = load(tmp_path / "m.keras", safe_mode=False)
     check(outputs(trusted, data), outputs(model, data), 1e-6)
@@ -843,18 +911,67 @@ def test_cudnn_weights_are_laid_out_anew(tmp_path, kind):
         np.testing.assert_allclose(ours, wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_what_keras_3_lacks_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            [
+                entry("LocallyConnected1D", "local", filters=2, kernel_size=[2],
+                      batch_input_shape=[None, 6, 5]),
+                entry("LSTM", "time", units=3, time_major=True),
+            ],
+            "LocallyConnected1D.*time: time_major",
+        ),
+        (
+            [entry("BatchNormalization", "n", mode=1, batch_input_shape=[None, 6])],
+            "n: mode='1, within each sample'",
+        ),
+        (
+            [entry("Merge", "m", mode="sum", layers=[entry("Dense", "d")])],
+            "got a Merge of models",
+        ),
+    ],
+)  # fmt: skip
+def test_what_keras_3_lacks_is_named(tmp_path, entries, message):
+    write_h5(tmp_path / "m.h5", entries, {}, "1.2.2")
+    with pytest.raises(RewriteError, match=message):
+        load(tmp_path / "m.h5")
+
+
+def test_keras_1_padding_of_each_side(tmp_path):
+    shape = [None, 5, 5, 2]
+    write_h5(
+        tmp_path / "m.h5",
+        [entry("ZeroPadding2D", "z", padding=[1, 2, 0, 3], batch_input_shape=shape)],
+        {},
+        "1.2.2",
+    )
+    assert load(tmp_path / "m.h5").output_shape == (None, 8, 8, 2)
+
+
+def triple(x):
+    return x * 3
+
+
+def test_a_given_activation_stands_before_keras_own(tmp_path):
     write_h5(
         tmp_path / "m.h5",
         [
-            entry("LocallyConnected1D", "local", filters=2, kernel_size=[2],
-                  batch_input_shape=[None, 6, 5]),
-            entry("LSTM", "time", units=3, time_major=True),
+            entry("Dense", "d", units=4, activation="Pkg>triple",
+                  batch_input_shape=[None, 4]),
+            entry("Activation", "a", activation={"class_name": "function",
+                  "config": "gelu"}),
         ],
-        {},
+        {"d": {"d/kernel:0": np.eye(4), "d/bias:0": np.zeros(4)}},
     )  # fmt: skip
-    with pytest.raises(RewriteError, match=r"LocallyConnected1D.*time: time_major"):
+    with pytest.raises(RewriteError, match='"Pkg>triple": triple'):
         load(tmp_path / "m.h5")
+    for name in ("Pkg>triple", "triple"):
+        given = {name: triple, "gelu": triple}
+        model = load(tmp_path / "m.h5", custom_objects=given)
+        x = normal(2, 4)
+        check(outputs(model, [x]), [9 * x], 1e-6)
+        check(outputs(edit(model, {}).model, [x]), [9 * x], 1e-6)
 
 
 def test_graph_nodes_of_early_tensorflow_2(tmp_path):

@@ -132,6 +132,23 @@ def test_unknown_path_names_the_path():
         rewriters.edit(zoo.ZOO["sequential"](), {"nowhere": None})
 
 
+def test_adapted_layers_stay_adapted():
+    norm, numbers = layers.Normalization(), layers.IntegerLookup()
+    text = layers.TextVectorization(output_mode="tf_idf", max_tokens=9)
+    norm.adapt(np.random.default_rng(0).normal(3, 2, (50, 4)))
+    numbers.adapt(np.array([4, 4, 7]))
+    text.adapt(np.array(["a b", "b c b"]))
+    a, b, c = keras.Input((4,)), keras.Input((1,)), keras.Input((1,), dtype="string")
+    model = keras.Model([a, b, c], [norm(a), numbers(b), text(c)])
+    result = rewriters.edit(model, {})
+    x = np.ones((2, 4), "float32")
+    np.testing.assert_array_equal(np.array(result.new(norm)(x)), np.array(norm(x)))
+    for old in (numbers, text):
+        assert result.new(old).get_vocabulary() == old.get_vocabulary()
+    weights = [t._lookup_layer.idf_weights_const for t in (text, result.new(text))]
+    np.testing.assert_array_equal(*map(np.array, weights))
+
+
 def test_a_lost_mask_is_refused():
     model = zoo.ZOO["masked"]()
     with pytest.raises(rewriters.RewriteError, match="'mask'"):

@@ -17,12 +17,21 @@ from typing import Any
 import keras
 
 from rewriters.errors import RewriteError
-from rewriters.formats import archive, hdf5, keras3, savedmodel, training, weights
+from rewriters.formats import (
+    archive,
+    hdf5,
+    keras3,
+    savedmodel,
+    training,
+    vocabulary,
+    weights,
+)
 from rewriters.formats.build import build, deferred, discard, initialize, set_trainable
 from rewriters.formats.foreign import Conversion as Conversion
 from rewriters.formats.foreign import alias as alias
 from rewriters.formats.modernize import modernize
 from rewriters.formats.saved import Saved
+from rewriters.transfer import finalize
 
 
 def load(
@@ -36,16 +45,16 @@ def load(
     """Returns the model saved at `path`, as a Keras 3 model of stock layers.
 
     Reads `.h5` and `.hdf5` files of Keras 1, 2 and 3, `.keras` archives of Keras 2
-    and 3, and SavedModel directories of Keras 2; told apart by content, not by
-    name. Layers of tensorflow-addons and keras-contrib become Keras's own where
-    these compute the same. Names, trainable flags, dtype policies and sharing are
-    kept.
+    and 3, zipped or not, and SavedModel directories of Keras 2; told apart by
+    content, not by name. Layers of tensorflow-addons and keras-contrib become
+    Keras's own where these compute the same. Names, trainable flags, dtype policies,
+    vocabularies and sharing are kept.
 
     Args:
         path: file or directory.
         custom_objects: classes and functions by the name that the file uses.
         lambdas: functions by the name of the `Lambda` or TensorFlow operation layer
-            that they replace.
+            that they replace; a name that no such layer has is an error.
         safe_mode: if True, the default, no code from the file is run, and a
             `Lambda` without a function in `lambdas` is an error.
         compile: whether to restore optimizer, loss and metrics. What cannot be
@@ -59,10 +68,10 @@ def load(
     custom_objects = dict(custom_objects or {})
     lambdas = dict(lambdas or {})
     try:
-        with contextlib.closing(read(path)) as saved:
+        with archive.zipped(path) as source, contextlib.closing(read(source)) as saved:
             if saved.generation == 3 and saved.tree is not None:
                 return keras3.load(
-                    path, saved, custom_objects, lambdas, safe_mode, compile
+                    source, saved, custom_objects, lambdas, safe_mode, compile
                 )
             spec = modernize(saved, custom_objects, lambdas, safe_mode)
             model = _assemble(spec, saved, custom_objects)
@@ -88,7 +97,7 @@ def read(path: str) -> Saved:
     if place.is_dir():
         if (place / "saved_model.pb").exists():
             return savedmodel.read(path)
-        raise _unknown("a directory without saved_model.pb")
+        raise _unknown("a directory without saved_model.pb or model.weights.h5")
     if not place.exists():
         raise RewriteError("There is no such file", fix="Check the path")
     with place.open("rb") as f:
@@ -119,8 +128,8 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
         finally:
             discard()
     for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()
+        finalize(layer)
+    vocabulary.restore(model, spec, saved)
     return model
 
 

@@ -110,6 +110,19 @@ def _batch(config):
     return Conversion(_keras().BatchNormalization, config)
 
 
+@alias("AddLoss", "AddMetric", "RandomHeight", "RandomWidth")
+def _added(config):
+    return Conversion(_keras().Identity, {"name": config.get("name")})
+
+
+@alias("RandomCrop")
+def _random_crop(config):
+    # Keras 2 cropped and resized to the middle where Keras 3 crops nothing.
+    words = ("name", "dtype", "trainable", "height", "width")
+    kept = {k: config[k] for k in words if k in config}
+    return Conversion(_keras().Resizing, {**kept, "crop_to_aspect_ratio": True})
+
+
 def _applications(name: str):
     """Layers that Keras keeps inside its model zoo, and models of it hold."""
 

@@ -95,6 +95,11 @@ def modernize(kind: str, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         new["kernel_size"] = spatial
     if kind == "Deconvolution2D" or kind == "Deconv2D":
         new.pop("output_shape", None)
+    if kind == "BatchNormalization" and new.get("mode") == 1:
+        new["mode"] = "1, within each sample"
+    if kind == "ZeroPadding2D" and len(new.get("padding") or ()) == 4:
+        top, bottom, left, right = new["padding"]
+        new["padding"] = [[top, bottom], [left, right]]
     for key, value in new.items():
         if key.endswith("_regularizer") and isinstance(value, dict):
             new[key] = _regularizer(value)

@@ -17,6 +17,7 @@ _CLASSES = {
     "Model": "Functional",
     "Network": "Functional",
     "Container": "Functional",
+    "GroupedQueryAttention": "GroupQueryAttention",
 }
 _WORDS = {
     "LeakyReLU": {"alpha": "negative_slope"},
@@ -85,7 +86,8 @@ def policy(value: Any) -> Any:
     """The name of a dtype policy, however it was written; None to inherit it."""
     if isinstance(value, dict):
         inner = value.get("config")
-        if value.get("class_name") == "DTypePolicyMap":
+        quantized = isinstance(inner, dict) and "mode" in inner
+        if quantized or value.get("class_name") == "DTypePolicyMap":
             return value
         value = inner.get("name") if isinstance(inner, dict) else None
     return None if value in (None, "infer", "_infer") else value
@@ -93,11 +95,22 @@ def policy(value: Any) -> Any:
 
 def activation(value: Any, generation: int) -> Any:
     """An activation as Keras 3 knows it, told apart by the Keras that wrote it."""
-    if isinstance(value, dict) and value.get("class_name") == "function":
-        value = value.get("config")
+    value = activation_name(value) or value
     if value == "hard_sigmoid" and generation < 3:
         return hard_sigmoid_2
-    return {"swish_impl": "silu", "sigmoid_v2": "sigmoid"}.get(str(value), value)
+    renamed = {
+        "swish_impl": "silu",
+        "sigmoid_v2": "sigmoid",
+        "log_softmax_v2": "log_softmax",
+    }
+    return renamed.get(str(value), value)
+
+
+def activation_name(value: Any) -> str | None:
+    """The name under which a function is stored, if `value` is one."""
+    if isinstance(value, dict) and value.get("class_name") == "function":
+        value = value.get("config")
+    return value if isinstance(value, str) else None
 
 
 def _plain_object(value: Any) -> Any:
@@ -141,6 +154,8 @@ def fit(cls: type, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     known = _parameters(cls)
     if known is None:
         return config, {}
+    if "vocabulary" in known:
+        known |= {"vocabulary_size"}  # taken, though in no signature
     kept = {k: v for k, v in config.items() if k in known}
     lost = {
         k: v

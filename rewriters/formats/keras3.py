@@ -18,7 +18,7 @@ from keras.src.utils.dtype_utils import dtype_size
 from rewriters.errors import RewriteError
 from rewriters.formats import hdf5
 from rewriters.formats.build import deferred, discard
-from rewriters.formats.modernize import problems
+from rewriters.formats.modernize import check_names, problems
 from rewriters.formats.saved import Saved
 
 
@@ -70,11 +70,13 @@ def _check_config(
     """Puts given functions in place of Lambdas, and raises for what is missing."""
     missing: dict[str, str] = {}
     refused: list[str] = []
+    found: list[str] = []
     for entry in _entries({k: v for k, v in config.items() if k != "compile_config"}):
         kind, module = entry["class_name"], entry.get("module")
         inner = entry["config"]
         if kind == "Lambda" and isinstance(inner, dict) and "function" in inner:
             name = str(inner.get("name"))
+            found.append(name)
             if name in lambdas:
                 inner["function"] = _reference(name)
                 custom_objects[_reference(name)["config"]] = lambdas[name]
@@ -95,6 +97,7 @@ def _check_config(
         if known or str(module).split(".", 1)[0] in ("keras", "builtins"):
             continue
         missing[label] = kind if kind != "function" else str(inner)
+    check_names(lambdas, found)
     error = problems(missing=missing, refused=refused)
     if error:
         raise error
@@ -143,6 +146,10 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
             if not isinstance(model, keras.Model):
                 raise RewriteError("The archive holds no model", got=type(model))
             declared = sum(_bytes(v) for v in model.weights)
+    except Exception as e:
+        if "in a stateless scope" not in str(e):
+            raise
+        return  # a stateful layer makes variables of values: Keras will check
     finally:
         discard()
     if declared > stored + (1 << 20):

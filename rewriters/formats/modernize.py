@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -23,6 +24,14 @@ from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs, safe_name
 
 _MODELS = ("Functional", "Model", "Network", "Container", "Sequential")
 _WRAPPED = ("layer", "backward_layer", "forward_layer", "cell", "cells")
+# What a converted layer does no more.
+_CHANGED = {
+    "AddLoss": "adds no loss",
+    "AddMetric": "adds no metric",
+    "RandomCrop": "crops the centre in training too",
+    "RandomHeight": "changes no height",
+    "RandomWidth": "changes no width",
+}
 _RECURRENT = ("RNN", "LSTM", "GRU", "Bidirectional")
 
 
@@ -47,11 +56,18 @@ def modernize(
     translator = _Translator(saved.generation, custom_objects, lambdas, safe_mode)
     with keras.saving.custom_object_scope(custom_objects):
         spec = translator.entry(saved.config)
+    check_names(lambdas, translator.replaceable)
     error = problems(
         translator.missing, translator.refused, translator.operations, translator.lost
     )
     if error:
         raise error
+    if translator.changed:
+        warnings.warn(
+            "Training differs, as Keras 3 lacks these layers: "
+            f"{', '.join(translator.changed)}.",
+            stacklevel=3,
+        )
     return spec
 
 
@@ -65,6 +81,8 @@ class _Translator:
     refused: list[str] = dataclasses.field(default_factory=list)
     operations: list[str] = dataclasses.field(default_factory=list)
     lost: list[str] = dataclasses.field(default_factory=list)
+    changed: list[str] = dataclasses.field(default_factory=list)
+    replaceable: list[str] = dataclasses.field(default_factory=list)
 
     def entry(self, entry: dict[str, Any]) -> Spec:
         """One layer's or model's entry, `{"class_name": ..., "config": ...}`."""
@@ -81,6 +99,8 @@ class _Translator:
             spec = self._model(bare, config, custom)
             return self._finished(spec, name, bare, config)
         config = decode(config)
+        if name in self.lambdas or bare == "Lambda" or bare in tensorflow_ops.LAYERS:
+            self.replaceable.append(name)
         if name in self.lambdas:
             spec = self._given(name, config)
         elif bare == "Lambda" and custom is None:
@@ -116,9 +136,12 @@ class _Translator:
         kind, rename = names[-1], {}
         if self.generation == 1:
             kind, config = keras1.modernize(kind, config)
+        config = self._with_functions(config)
         converter = foreign.find(names, config) if self.generation < 3 else None
         cls = None
         if converter is not None:
+            if kind in _CHANGED:
+                self.changed.append(f"{config.get('name')} {_CHANGED[kind]}")
             conversion = converter(dict(config))
             cls, config, rename = conversion.cls, conversion.config, conversion.rename
             config = keras2.modernize(cls.__name__, config, self.generation)[1]
@@ -141,6 +164,16 @@ class _Translator:
             make = functools.partial(_call_operation, cls, config)
             return Spec(kind, kind, make, operation=True)
         return Spec(kind, kind, cls, config, rename=rename)
+
+    def _with_functions(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Puts functions that were given or registered in the place of their names."""
+        new = dict(config)
+        for key in ("activation", "recurrent_activation"):
+            name = keras2.activation_name(config.get(key))
+            if name is not None:
+                found = self._custom([name, name.rpartition(">")[2]])
+                new[key] = new[key] if found is None else found
+        return new
 
     def _stock(self, kind: str, config: dict, module: str | None) -> type | None:
         if self.generation == 3 and "trainable" not in config:
@@ -169,8 +202,8 @@ class _Translator:
         try:
             get(value)
         except (ValueError, TypeError):
-            name = value.get("class_name") if isinstance(value, dict) else value
-            self.missing[str(name)] = str(name)
+            name = str(value.get("class_name") if isinstance(value, dict) else value)
+            self.missing[name] = name.rpartition(">")[2]
 
     def _inner(self, config: dict[str, Any], cls: Any) -> dict[str, Any]:
         """Translates wrapped layers, for classes that take them ready-made."""
@@ -280,15 +313,32 @@ class _Translator:
 
     def _sequential(self, config: dict[str, Any], custom: Any) -> Spec:
         entries = config["layers"]
+        if not entries or entries[0]["class_name"] == "Merge":
+            raise RewriteError(
+                "A Sequential model does not begin with a layer",
+                got="a Merge of models" if entries else "no layers",
+                expected="a functional model where models are merged",
+                fix="Save it as one with the Keras that wrote it",
+            )
         layers = [self.entry(e) for e in entries]
-        if (layers and layers[0].kind == "Merge") or not layers:
-            self.lost.append(f"{config.get('name')}: a Merge as the first layer")
-        elif layers[0].kind != "InputLayer":
+        if layers[0].kind != "InputLayer":
             shape = _input_shape(entries[0]) or config.get("build_input_shape")
             if shape is not None:
                 layers.insert(0, _input_spec(layers[0], entries[0], shape))
         cls = custom or keras.Sequential
         return Spec(str(config.get("name")), "Sequential", cls, layers=layers)
+
+
+def check_names(lambdas: Iterable[str], names: Iterable[str]) -> None:
+    """Raises if `lambdas` is for a layer that is not among `names`."""
+    unknown = sorted(set(lambdas) - set(names))
+    if unknown:
+        listed = ", ".join(dict.fromkeys(names))
+        raise RewriteError(
+            "lambdas names layers that the file does not have",
+            got=", ".join(unknown),
+            expected=f"its Lambda and operation layers: {listed or 'it has none'}",
+        )
 
 
 def problems(
@@ -465,6 +515,9 @@ def _recurrent_states(spec: Spec, call: Call) -> Call:
     first = call.args[0] if call.args else None
     if not any(kind in spec.kind for kind in _RECURRENT):
         return call
+    # A wrapper stored a None for each, and the states again among its inputs.
+    unset = {k for k in ("initial_state", "constants") if call.kwargs.get(k) is None}
+    call = Call(call.args, {k: v for k, v in call.kwargs.items() if k not in unset})
     if isinstance(first, list) and len(first) > 1 and isinstance(first[0], Ref):
         states = {"initial_state": first[1:], **call.kwargs}
         return Call([first[0]], states)

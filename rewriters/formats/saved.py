@@ -39,6 +39,7 @@ class Saved:
         tree: the nested HDF5 group of a `.keras` archive, instead of `layers`.
         training: what the model was compiled with, where the file says so.
         optimizer: the optimizer's arrays in their stored order.
+        assets: an archive's vocabularies by their place, as `"layers/lookup/"`.
         backend: the backend that wrote it; Theano's convolutions are flipped.
         close: closes the file that the arrays are read from.
     """
@@ -49,6 +50,7 @@ class Saved:
     tree: Any = None
     training: dict[str, Any] | None = None
     optimizer: list[Array] = dataclasses.field(default_factory=list)
+    assets: dict[str, str] = dataclasses.field(default_factory=dict)
     backend: str = "tensorflow"
     close: Callable[[], None] = lambda: None
 

@@ -52,6 +52,7 @@ def read(path: str) -> Saved:
         version=_version(root),
         layers=layers,
         training=root.get("training_config"),
+        optimizer=_optimizer(nodes, arrays),
     )
 
 
@@ -114,6 +115,14 @@ def _layer_nodes(nodes, metadata) -> list[tuple[str, int]]:
             if i in metadata:
                 found[str(metadata[i].get("name"))] = i
     return list(found.items())
+
+
+def _optimizer(nodes, arrays: dict[int, Array]) -> list[Array]:
+    """The step, and the slots of Keras 2.11 and later; earlier ones have no names."""
+    held = nodes[nodes[0]["children"].get("optimizer", 0)]["children"]
+    listed = nodes[held["_variables"]]["children"] if "_variables" in held else {}
+    found = {i: arrays[i] for i in (*held.values(), *listed.values()) if i in arrays}
+    return list(found.values())
 
 
 def _variables(nodes, node: int) -> list[int]:

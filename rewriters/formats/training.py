@@ -10,21 +10,35 @@ import keras
 import numpy as np
 
 from rewriters.formats.saved import Array, Saved
+from rewriters.formats.spec import safe_name
+from rewriters.formats.weights import pair
 
 
 _OPTIMIZER_WORDS = {"lr": "learning_rate"}
-# Order in which Keras 2's optimizers kept a variable's slots, by what `keras.ops`
-# optimizers call theirs.
-_SLOTS = {
-    "SGD": ["momentums"],
-    "Adam": ["_momentums", "_velocities", "_velocity_hats"],
-    "AdamW": ["_momentums", "_velocities", "_velocity_hats"],
-    "Nadam": ["_momentums", "_velocities"],
-    "Adamax": ["_m", "_u"],
-    "RMSprop": ["_velocities", "_momentums", "_average_gradients"],
-    "Adagrad": ["_accumulators"],
-    "Adadelta": ["_accumulated_grads", "_accumulated_delta_vars"],
+# An optimizer's slots by the names that files give them, in the order in which
+# Keras 2.11 and later made them; those of one group, for each variable in turn.
+_SLOTS: dict[str, list[dict[str, str]]] = {
+    "SGD": [{"momentums": "m momentum"}],
+    "Adam": [{"_momentums": "m", "_velocities": "v"}, {"_velocity_hats": "vhat"}],
+    "AdamW": [{"_momentums": "m", "_velocities": "v"}, {"_velocity_hats": "vhat"}],
+    "Nadam": [{"_momentums": "m", "_velocities": "v"}],
+    "Adamax": [{"_m": "m", "_u": "u v"}],
+    "RMSprop": [
+        {"_velocities": "velocity rms"},
+        {"_momentums": "momentum"},
+        {"_average_gradients": "average_gradient mg"},
+    ],
+    "Adagrad": [{"_accumulators": "accumulator"}],
+    "Adadelta": [
+        {
+            "_accumulated_grads": "accumulated_grad accum_grad",
+            "_accumulated_delta_vars": "accumulated_delta_var accum_var",
+        }
+    ],
+    "Ftrl": [{"_accumulators": "accumulator", "_linears": "linear"}],
+    "Lion": [{"_momentums": "m"}],
 }
+_AVERAGES = {"_model_variables_moving_average": "average"}
 
 
 def restore(model: Any, saved: Saved, custom_objects: dict[str, Any]) -> None:
@@ -86,7 +100,8 @@ def _optimizer(entry: Any) -> keras.optimizers.Optimizer:
     config = {_OPTIMIZER_WORDS.get(k, k): v for k, v in config.items()}
     rate, decay = config.get("learning_rate"), config.pop("decay", None)
     if isinstance(rate, dict) and "class_name" in rate:
-        plain = {"class_name": rate["class_name"], "config": rate["config"]}
+        inner = {k: v for k, v in rate["config"].items() if v is not None}
+        plain = {"class_name": rate["class_name"], "config": inner}
         config["learning_rate"] = keras.optimizers.schedules.deserialize(plain)
     elif rate is not None and decay:
         config["learning_rate"] = keras.optimizers.schedules.InverseTimeDecay(
@@ -134,66 +149,96 @@ def _restore_state(model: Any, saved: Saved) -> bool:
         optimizer = model.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         variables = _stored_order(model, saved)
-        slots = _slots(optimizer)
+        groups = _groups(optimizer)
         steps, arrays = _steps(saved.optimizer)
-        by_slot = _by_slot(arrays, len(slots), variables)
-    except Exception:
+        count = 0 if steps is None else int(np.asarray(steps.read()).reshape(()))
+        if not arrays and not count:  # it had not begun
+            return True
+        found = _by_name(groups, arrays, variables)
+        if found is None:
+            found = _by_order(groups, arrays, variables, saved.tree is not None)
+        index = {id(v): i for i, v in enumerate(model.trainable_variables)}
+        pairs = [(slot[index[id(v)]], array) for slot, v, array in found]
+        if any(tuple(target.shape) != array.shape for target, array in pairs):
+            return False
+        values = [array.read() for _, array in pairs]
+    except Exception:  # training state never stands in the model's way
         return False
-    if by_slot is None:
-        return False
-    values = []
-    index = {id(v): i for i, v in enumerate(model.trainable_variables)}
-    for slot, stored in zip(slots, by_slot, strict=True):
-        for variable, array in zip(variables, stored, strict=True):
-            target = slot[index[id(variable)]]
-            if tuple(target.shape) != array.shape:
-                return False
-            values.append((target, array))
-    for target, array in values:
-        target.assign(array.read())
-    if steps is not None:
-        optimizer.iterations.assign(int(np.asarray(steps.read()).reshape(())))
+    for (target, _), value in zip(pairs, values, strict=True):
+        target.assign(value)
+    optimizer.iterations.assign(count)
+    if isinstance(optimizer, keras.optimizers.Nadam):  # follows from the steps
+        rates = optimizer.beta_1 * (1 - 0.5 * 0.96 ** np.arange(1, count + 1))
+        optimizer._u_product.assign(np.prod(rates))
     return True
 
 
-def _slots(optimizer: Any) -> list[list[Any]]:
-    names = _SLOTS[type(optimizer).__name__]
-    found = [getattr(optimizer, n, None) for n in names]
-    return [list(s) for s in found if s]
+def _groups(optimizer: Any) -> list[list[tuple[Any, set[str]]]]:
+    """The slots that the file may hold, with their names, as `_SLOTS` groups them."""
+    groups = [
+        [(k, getattr(optimizer, k, None), set(names.split())) for k, names in g.items()]
+        for g in (_AVERAGES, *_SLOTS[type(optimizer).__name__])
+    ]
+    # Keras 2 kept momentums even where the momentum is 0.
+    return [
+        [(slot, names) for k, slot, names in g if slot or k == "momentums"]
+        for g in groups
+    ]
 
 
 def _stored_order(model: Any, saved: Saved) -> list[Any]:
     """Trainable variables in the order of the file's layers."""
     layers = {layer.name: layer for layer in model.layers}
-    ordered = [
-        v
-        for name in saved.layers
-        if name in layers
-        for v in layers[name].trainable_variables
-    ]
+    names = list(saved.layers)
+    if saved.tree is not None:
+        entries = saved.config["config"]["layers"]
+        names = [safe_name(e["config"]["name"]) for e in entries]
+    ordered = [v for n in names if n in layers for v in layers[n].trainable_variables]
     return list({id(v): v for v in ordered}.values())
 
 
 def _steps(arrays: list[Array]) -> tuple[Array | None, list[Array]]:
-    steps = [a for a in arrays if a.shape == () and re.search("iter", a.name)]
+    steps = [a for a in arrays if a.shape == () and re.search("iter|^0$", a.name)]
     return (steps[0] if steps else None), [a for a in arrays if a.shape != ()]
 
 
-def _by_slot(arrays: list[Array], count: int, variables: list[Any]) -> Any:
-    """Splits the arrays by slot: whole slots one after another, or interleaved."""
-    size = len(variables)
-    if count == 0:
-        return [] if not arrays else None
-    if len(arrays) > count * size:  # Keras kept one placeholder per variable
+def _by_name(groups: Any, arrays: list[Array], variables: list[Any]) -> Any:
+    """(slot, variable, array) by the name of each array, None where these have none.
+
+    It is `Adam/dense/kernel/m`, and since Keras 2.11 `Adam/m/dense/kernel`.
+    """
+    slots = [slot for group in groups for slot in group]
+    known = {name for _, names in slots for name in names}
+    for place in (-1, 1):
+        named: dict[str, list[Array]] = {}
+        for a in arrays:
+            parts = a.name.removesuffix(":0").split("/")
+            name = parts.pop(place) if len(parts) > 2 else ""
+            named.setdefault(name, []).append(Array("/".join(parts), a.shape, a.read))
+        if known.issuperset(named):
+            return [
+                (slot, variable, array)
+                for slot, names in slots
+                if slot
+                for variable, array in pair(
+                    variables,
+                    [a for name in names for a in named.get(name, ())],
+                    "the optimizer",
+                )
+            ]
+    return None
+
+
+def _by_order(
+    groups: Any, arrays: list[Array], variables: list[Any], grouped: bool
+) -> Any:
+    """(slot, variable, array) by place: whole slots one after another, or grouped."""
+    slots = [slot for group in groups for slot, _ in group]
+    if grouped:
+        order = [(slot, v) for g in groups for v in variables for slot, _ in g]
+    else:
+        order = [(slot, v) for slot in slots for v in variables]
+    if len(arrays) > len(order):  # Keras kept one placeholder per variable
         arrays = [a for a in arrays if a.shape != (1,)]
-    if len(arrays) != count * size:
-        return None
-    shapes = [tuple(v.shape) for v in variables]
-    blocks = [arrays[i * size : (i + 1) * size] for i in range(count)]
-    strided = [arrays[i::count] for i in range(count)]
-    # Keras 2.11 and later name an array "Adam/m/dense/kernel", and interleave.
-    new = all(re.match(r"[A-Za-z]+/[a-z_]+/.+/.+", a.name) for a in arrays)
-    new = new and not arrays[0].name.startswith("training/")
-    order = [strided, blocks] if new else [blocks, strided]
-    fitting = [s for s in order if all([a.shape for a in b] == shapes for b in s)]
-    return fitting[0] if fitting else None
+    found = zip(order, arrays, strict=True)
+    return [(slot, v, a) for (slot, v), a in found if slot]

@@ -83,6 +83,8 @@ def _match_layers(model: Any, spec: Spec, saved: Saved) -> Pairs:
         elif name in layers:
             layer = layers[name]
             variables = _weights(layer)
+        elif name in specs:  # no output needs it, as a loss that was added did
+            continue
         else:
             raise _mismatch("The file has weights of an unknown layer", repr(name))
         arrays = _renamed(arrays, specs.get(name))
@@ -306,7 +308,7 @@ def _walk_tree(layer: Any, spec: Spec, group: Any, pairs: Pairs) -> None:
             continue
         if isinstance(inner, (list, tuple)):
             specs = [_inner_spec(spec, key, layer, i) for i, layer in enumerate(inner)]
-            for layer, inside, name in zip(inner, specs, _places(specs), strict=True):
+            for layer, inside, name in zip(inner, specs, places(specs), strict=True):
                 _walk_tree(layer, inside, child(group, f"{key}/{name}"), pairs)
         elif isinstance(inner, keras.layers.Layer):
             _walk_tree(inner, _inner_spec(spec, key, inner), child(group, key), pairs)
@@ -321,7 +323,7 @@ def _inner_spec(spec: Spec, key: str, layer: Any, index: int = 0) -> Spec:
     return Spec(layer.name, type(layer).__name__, type(layer))
 
 
-def _places(specs: list[Spec]) -> list[str]:
+def places(specs: list[Spec]) -> list[str]:
     """Names of layers in a list: their class, numbered where it comes again."""
     counts: Counter[str] = Counter()
     places = []
@@ -337,7 +339,7 @@ def _walk_model(model: Any, spec: Spec, group: Any, pairs: Pairs) -> None:
     holder = next((child(group, name) for name in names if name in group), None)
     layers = {layer.name: layer for layer in model.layers}
     specs = spec.layers or []
-    for s, place in zip(specs, _places(specs), strict=True):
+    for s, place in zip(specs, places(specs), strict=True):
         layer = layers.get(s.name)
         if layer is None or not _weights(layer):
             continue

@@ -1,0 +1,61 @@
+"""Vocabularies of lookup layers, which a `.keras` archive keeps in text files."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+
+from rewriters.formats.hdf5 import array, child
+from rewriters.formats.saved import Saved
+from rewriters.formats.spec import Spec
+from rewriters.formats.weights import places
+
+
+LAYERS = (
+    keras.layers.TextVectorization,
+    keras.layers.StringLookup,
+    keras.layers.IntegerLookup,
+)
+
+
+def restore(model: Any, spec: Spec, saved: Saved) -> None:
+    """Gives each lookup layer of `model` its stored vocabulary, and warns of none."""
+    _walk(model, spec, saved, "")
+    found = [x for x in model._flatten_layers() if isinstance(x, LAYERS)]
+    inner = {id(getattr(x, "_lookup_layer", None)) for x in found}
+    empty = [
+        x.name
+        for x in found
+        if id(x) not in inner and not x.get_vocabulary(include_special_tokens=False)
+    ]
+    if empty:
+        warnings.warn(
+            f"The file holds no vocabulary of {', '.join(empty)}: call its "
+            "set_vocabulary before the model.",
+            stacklevel=4,
+        )
+
+
+def _walk(layer: Any, spec: Spec, saved: Saved, place: str) -> None:
+    if isinstance(layer, LAYERS) and place in saved.assets:
+        _set(layer, saved, place)
+    known = {x.name: x for x in layer.layers} if spec.layers else {}
+    for s, name in zip(spec.layers or (), places(spec.layers or []), strict=True):
+        for holder in ("layers", "_layer_checkpoint_dependencies"):
+            if s.name in known:
+                _walk(known[s.name], s, saved, f"{place}{holder}/{name}/")
+
+
+def _set(layer: Any, saved: Saved, place: str) -> None:
+    lookup = getattr(layer, "_lookup_layer", layer)
+    words: list[Any] = saved.assets[place].rstrip("\n").split("\n")
+    if lookup.vocabulary_dtype != "string":
+        words = [int(word) for word in words if word]
+    weights = None
+    if lookup.output_mode == "tf_idf":  # they may be padded
+        stored = array(child(saved.tree, f"{place}vars"), "idf_weights")
+        weights = stored.read()[: len(words)]
+    if any(words):
+        layer.set_vocabulary(words, weights)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kerasnorm import adversarial
+from kerasnorm import adversarial, weights
 from kerasnorm.adversarial.attack import Attack, names, read
 from kerasnorm.adversarial.checks import CODES
 from kerasnorm.errors import KerasNormError
@@ -114,6 +114,57 @@ def test_carlini_wagner_comes_near_the_exact_distance(line):
     found = adversarial.evaluate(model, x[:20], y[:20], attack, "l2", np.inf)
     best = adversarial.evaluate(model, x[:20], y[:20], "fab-t", "l2", np.inf)
     assert (found.distance < 1.1 * best.distance + 0.01).all()
+
+
+def test_examples_have_the_confidence_that_was_asked_for(line):
+    model, _w, _b, x, y = line
+    x, y = x[:10], y[:10]
+    attack = adversarial.carlini_wagner(40, searches=4, rate=0.05, c=1.0, confidence=2)
+    found = adversarial.evaluate(model, x, y, attack, "l2", np.inf, keep=True)
+    z = model.predict(found.adversarial, verbose=0)
+    own = z[np.arange(10), y]
+    z[np.arange(10), y] = -np.inf
+    fell = np.isfinite(found.distance)
+    assert fell.any() and (z.max(1) - own)[fell].min() > 2 - 1e-3
+
+
+@pytest.mark.parametrize("norm", zoo.NORMS)
+@pytest.mark.parametrize("scale", [1, 255, 1e4])
+def test_the_edge_of_the_ball_counts_at_any_scale(scale, norm):
+    """Every point can be broken, and float32 is coarse where values are large."""
+    rng = np.random.default_rng(0)
+    w = np.sign(rng.normal(size=64))
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1)])
+    model.set_weights([w[:, None] / scale, np.zeros(1)])
+    x = rng.uniform(0.2, 0.8, (60, 64)) * scale
+    eps = 0.002 * scale
+    most = eps * {"linf": 64, "l2": 8, "l1": 1}[norm]
+    x += w * ((rng.uniform(0.1, 0.9, 60) * most - x @ w) / 64)[:, None]
+    found = adversarial.evaluate(
+        model,
+        x,
+        np.ones(60, int),
+        ["fgsm", adversarial.pgd(steps=10)],
+        norm,
+        eps,
+        bounds=(-2 * scale, 2 * scale),
+        alone=True,
+    )
+    assert found.clean_accuracy == 1
+    assert [r.accuracy for r in found.attacks] == [0, 0]
+    assert found.robust_accuracy == found.standing().mean() == 0
+    assert found.distance.max() <= eps * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("z", [20.0, 60.0])
+def test_one_sure_unit_has_a_gradient(z):
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.set_weights([np.full((1, 1), z), np.zeros(1)])
+    x = np.ones((5, 1))
+    found = adversarial.evaluate(
+        model, x, np.ones(5, int), "fgsm", eps=1.5, bounds=(-2, 2), outputs="logits"
+    )
+    assert found.robust_accuracy == 0
 
 
 # ------------------------------------------------------ trained networks
@@ -277,6 +328,21 @@ def test_nested_model_ends_in_softmax():
     assert not found.warnings
 
 
+@pytest.mark.parametrize(
+    "wrap", [keras.layers.SpectralNormalization, weights.WeightNormalization]
+)
+def test_wrapped_layer_ends_in_softmax(wrap):
+    dense = keras.layers.Dense(3, activation="softmax")
+    model = keras.Sequential(
+        [keras.Input(zoo.SHAPE), keras.layers.Flatten(), wrap(dense)]
+    )
+    run = adversarial.Evaluator(model, "fgsm", eps=0.01)
+    x = zoo.images(10)
+    run(x, np.zeros(10, int))
+    assert run.victim.ending is dense and not run.victim.hidden
+    np.testing.assert_allclose(model.predict(x, verbose=0).sum(1), 1, rtol=1e-5)
+
+
 class Own(keras.Model):
     """A subclass; its softmax is out of sight, or a layer that is made last."""
 
@@ -302,6 +368,8 @@ def test_subclassed_models(hidden):
     assert [w.code for w in found.warnings if w.code != "range"] == (
         ["hidden-logits"] if hidden else []
     )
+    with pytest.raises(KerasNormError, match="cannot be called with the data"):
+        adversarial.evaluate(model, x[:, :5], y, "pgd")
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", None])
@@ -373,19 +441,28 @@ def two_inputs(kind):
     return keras.Model(inputs, z)
 
 
-@pytest.mark.parametrize("kind, attacked", [(dict, "a"), (list, 1), (list, "a")])
-def test_one_of_several_inputs_is_attacked(kind, attacked):
+@pytest.mark.parametrize(
+    "kind, data, attacked",
+    [
+        (dict, dict, "a"),
+        (list, list, 1),
+        (list, list, "a"),
+        (list, dict, 1),
+        (list, dict, "a"),
+    ],
+)
+def test_one_of_several_inputs_is_attacked(kind, data, attacked):
     model = two_inputs(kind)
     rng = np.random.default_rng(0)
     a, c = rng.random((50, 4)).astype("float32"), rng.random((50, 3)).astype("float32")
-    x = {"a": a, "c": c} if kind is dict else [c, a]
+    x = {"a": a, "c": c} if data is dict else [c, a]
     y = model.predict(x, verbose=0).argmax(1)
     found = adversarial.evaluate(
         model, x, y, "pgd", eps=0.3, attacked=attacked, keep=True
     )
     assert found.clean_accuracy == 1 and 0 < found.robust_accuracy < 1
     assert found.adversarial.shape == a.shape
-    moved = dict(x, a=found.adversarial) if kind is dict else [c, found.adversarial]
+    moved = dict(x, a=found.adversarial) if data is dict else [c, found.adversarial]
     wrong = model.predict(moved, verbose=0).argmax(1) != y
     assert (wrong == ~found.standing()).all()
 
@@ -414,6 +491,9 @@ def test_transfer(line, trained):
     moved, white = found.attacks
     assert not moved.white_box and white.white_box
     assert 0 < moved.fallen and white.accuracy < found.clean_accuracy
+    # One that leaves the ball still does.
+    far = adversarial.transfer(other, adversarial.fab(steps=3))
+    assert far.minimal and not attack.minimal
     # From the model itself it is the attack itself.
     own = adversarial.transfer(model, adversarial.pgd(steps=10), name="own")
     alone = adversarial.evaluate(
@@ -529,7 +609,12 @@ BAD = {
     "out of bounds": ({"bounds": (0.2, 0.8)}, "out of bounds"),
     "bounds the wrong way": ({"bounds": (1, 0)}, "no pair"),
     "bounds of another shape": ({"bounds": (np.zeros(7), np.ones(7))}, "no pair"),
-    "batch size": ({"batch_size": 0}, "batch size"),
+    "infinite bounds": ({"bounds": (-np.inf, np.inf)}, "bounds are infinite"),
+    "one infinite bound": ({"bounds": (0, [1, np.inf])}, "bounds are infinite"),
+    "batch size": ({"batch_size": 0}, "batch_size is no positive"),
+    "seed of too many bits": ({"seed": 2**32 - 1}, "seed is no whole number"),
+    "seed in words": ({"seed": "one"}, "seed is no whole number"),
+    "a number as attack": ({"attacks": 5}, "cannot read an attack from this: got 5"),
     "outputs": ({"outputs": "scores"}, "no such kind of outputs"),
     "attacked": ({"attacked": 2}, "no such input"),
     "labels of another length": ({"y": np.zeros(3, int)}, "labels do not fit"),
@@ -581,9 +666,12 @@ def test_outputs_that_are_no_classes():
 
 
 @pytest.mark.parametrize("what", [{"steps": 0}, {"restarts": 0}, {"steps": 1.5}])
-def test_bad_settings_of_attacks(what):
+@pytest.mark.parametrize(
+    "make", [adversarial.pgd, adversarial.bim, adversarial.mi_fgsm]
+)
+def test_bad_settings_of_attacks(make, what):
     with pytest.raises(KerasNormError, match="no positive whole number"):
-        adversarial.pgd(**what)
+        make(**what)
 
 
 # -------------------------------------------------------------------- result

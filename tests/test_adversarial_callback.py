@@ -15,14 +15,16 @@ import pytest
 from conftest import ROOT
 from keras import ops
 
-from kerasnorm import adversarial
+from kerasnorm import adversarial, sphere
 from kerasnorm.adversarial.evaluate import evaluate
 from kerasnorm.callbacks import AdversarialEvaluation
+from kerasnorm.callbacks._steps import Steps
 from kerasnorm.callbacks.adversarial_evaluation import weight_norm
 from kerasnorm.errors import KerasNormError
 
 
 ATTACKS = [adversarial.pgd(steps=3), adversarial.fgsm()]
+QUICK = adversarial.noise(1)
 
 
 def fresh(optimizer=None, jit=False, policy=None, random=True):
@@ -50,6 +52,22 @@ def fresh(optimizer=None, jit=False, policy=None, random=True):
         metrics=["accuracy"],
         jit_compile=jit,
     )
+    return model
+
+
+def small(optimizer="sgd", **compiled):
+    keras.utils.set_random_seed(5)
+    layers = keras.layers
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(4)]
+    )
+    return compiled_again(model, optimizer, **compiled)
+
+
+def compiled_again(model, optimizer="sgd", **compiled):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    jit = keras.backend.backend() == "jax"
+    model.compile(optimizer, loss, jit_compile=jit, **compiled)
     return model
 
 
@@ -207,6 +225,64 @@ def test_several_radii_and_steps(data):
     assert [h["step"] for h in watch.history] == [2, None]
 
 
+@pytest.mark.parametrize(
+    "batches, of, told",
+    [
+        ([0, 1, 2, 3, 0, 1, 2, 3], None, [3, 6]),
+        ([3, 7, 3, 7], 6, [4, 6, 10, 12]),  # four at a time, the last two
+        ([1, 1, 1, 1], 1, [3]),
+        ([7, 15], None, [8, 16]),  # two multiples at once are told once
+    ],
+)
+def test_steps_are_counted(batches, of, told):
+    steps = Steps(3)
+    assert [steps.count for b in batches if steps.passed(b, of)] == told
+    never = Steps(None)
+    assert not any(never.passed(b) for b in batches) and never.count
+
+
+def test_steps_that_run_several_at_a_time(data):
+    model = small(steps_per_execution=4)
+    watch = watcher(data, attacks=QUICK, every_steps=4)
+    model.fit(*data, batch_size=8, epochs=1, verbose=0, callbacks=[watch])
+    assert [h["step"] for h in watch.history] == [4, 8, 12, None]
+
+
+def test_each_fit_is_evaluated_anew(data):
+    """Another model, or other averages of it, are what is attacked then."""
+    x = data[0][np.linspace(0, 95, 40).astype(int)]
+
+    def sgd():
+        return keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5)
+
+    watch, other = watcher(data, attacks=QUICK, ema=True, every=2), small(sgd())
+    for fit, model in enumerate((small(sgd()), other, other)):
+        if fit == 2:
+            compiled_again(model, sgd())
+        before, first = watch._evaluator, min(fit, 1)
+        model.fit(
+            *data, initial_epoch=first, epochs=first + 1, verbose=0, callbacks=[watch]
+        )
+        # Training ends with the averages in place of the weights.
+        found = model.predict(x, verbose=0).argmax(1)
+        assert (watch.evaluation.predicted == found).all()
+        assert watch._evaluator is not before
+    assert [h["epoch"] for h in watch.history] == [0, 1, 1]
+
+
+def test_inputs_and_classes_are_thinned_together(data):
+    x, y = data
+    batches = [(x[i : i + 16], y[i : i + 16]) for i in range(0, 96, 16)]
+    few = np.linspace(0, 95, 20).astype(int)
+    for given, rows in (((x, list(y)), few), ((iter(batches), None), range(20))):
+        watch = AdversarialEvaluation(*given, QUICK, samples=20)
+        model = small()
+        for _ in range(2):
+            model.fit(*data, verbose=0, callbacks=[watch])
+        assert (watch.x == x[rows]).all() and (watch.evaluation.y == y[rows]).all()
+        assert watch._evaluator.traces == {"noise": 1}  # in both fits
+
+
 def test_average_of_the_weights(data):
     model = fresh(keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5))
     watch = watcher(data, ema=True)
@@ -232,6 +308,39 @@ def test_another_model(data):
     watch = AdversarialEvaluation(x, y, "fgsm", eps=0.05, samples=50, model=other)
     fresh().fit(*data, epochs=1, verbose=0, callbacks=[watch])
     assert watch.history[0]["val_clean_accuracy"] > 0.9
+    # One that shares its weights with that which is trained.
+    inner = small()
+    inputs = keras.Input((8, 8, 3))
+    outer = compiled_again(keras.Model(inputs, inner(inputs)))
+    watch = watcher(data, attacks=QUICK, model=inner, every_steps=2, weight_norms=True)
+    outer.fit(*data, batch_size=32, verbose=0, callbacks=[watch])
+    assert watch.history[-1]["weight_norm"] == pytest.approx(weight_norm(inner))
+
+
+def test_average_under_several_optimizers(data):
+    model = fresh()
+    inner = keras.optimizers.SGD(0.1, use_ema=True)
+    held = sphere.OnSphere(inner, model)
+    scaled = keras.optimizers.LossScaleOptimizer(held)
+    model.compile(scaled, model.loss, jit_compile=False)
+    watch = watcher(data, attacks=QUICK, ema=True)
+    model.fit(*data, verbose=0, callbacks=[watch])
+    averages = {id(v) for v in watch._evaluator.victim.replaced.values()}
+    assert averages and averages <= {id(v) for v in inner.variables}
+
+
+def test_file_of_an_interrupted_training(data, tmp_path):
+    file = tmp_path / "not" / "yet" / "r.jsonl"
+    for attack in (QUICK, adversarial.noise(1, name="other")):
+        watch = watcher(data, attacks=attack, file=file, weight_norms=attack != QUICK)
+        small().fit(*data, verbose=0, callbacks=[watch])
+        with file.open("a") as out:
+            out.write('{"epoch": 1, "st')
+    assert len(watch.history) == 2
+    watch.plot(tmp_path / "figure.png")
+    watch = watcher(data, attacks=QUICK, file=file)
+    small().fit(*data, verbose=0, callbacks=[watch])
+    assert len(watch.history) == 3
 
 
 @pytest.mark.parametrize(
@@ -242,6 +351,9 @@ def test_another_model(data):
         ({"eps": -1}, "eps is no radius"),
         ({"attacks": "nothing"}, "no such attack"),
         ({"bounds": (0, 0.5)}, "out of bounds"),
+        ({"file": ROOT / "Makefile"}, "holds no evaluations"),
+        ({"y": np.zeros(50, int)}, "different numbers of samples"),
+        ({"y": None}, "inputs without classes"),
     ],
 )
 def test_mistakes_show_before_training(settings, message, data):
@@ -252,7 +364,8 @@ def test_mistakes_show_before_training(settings, message, data):
             trained.append(batch)
 
     with pytest.raises(KerasNormError, match=message):
-        fresh().fit(*data, verbose=0, callbacks=[watcher(data, **settings), Count()])
+        watch = watcher((data[0], settings.pop("y", data[1])), **settings)
+        fresh().fit(*data, verbose=0, callbacks=[watch, Count()])
     assert not trained
 
 
@@ -348,6 +461,30 @@ def test_perturbations_are_in_the_ball():
             assert wrong.mean() > (model.predict(x, verbose=0).argmax(1) != y).mean()
 
 
+@pytest.mark.parametrize("norm", zoo.NORMS)
+def test_inputs_out_of_bounds_move_no_further(norm):
+    model, _, _ = zoo.linear()
+    x = np.random.default_rng(0).normal(size=(20, *zoo.SHAPE)).astype("float32")
+    trainer = adversarial.adversarial_training(model, norm, 0.5, steps=2, seed=0)
+    moved = ops.convert_to_numpy(trainer.perturb(x, np.zeros(20, int)))
+    size = zoo.norm_of(norm, moved - x)
+    assert (size <= 0.5 * 1.001).all() and (size > 0.1).all()
+    assert (moved >= np.minimum(x, 0)).all() and (moved <= np.maximum(x, 1)).all()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_overflow_of_a_scaled_loss_spoils_nothing(norm, data):
+    model = fresh()
+    model.set_weights([1e3 * w for w in model.get_weights()])
+    trainer = adversarial.adversarial_training(model, norm, method="free", replays=2)
+    scaled = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(), initial_scale=1e38
+    )
+    trainer.compile(scaled, model.loss, jit_compile=False)
+    trainer.fit(*data, batch_size=48, verbose=0)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
 def test_trainer_is_saved(tmp_path):
     model, x, y = zoo.network()
     trainer = adversarial.adversarial_training(model, eps=0.1, steps=2, seed=0)
@@ -366,7 +503,16 @@ def test_trainer_is_saved(tmp_path):
     [
         ({"method": "free lunch"}, "no such method"),
         ({"eps": -1}, "eps is no radius"),
-        ({"steps": 0}, "at least one step"),
+        ({"eps": "a"}, "eps is no radius"),
+        ({"eps": [0.1, 0.2]}, "eps is no radius"),
+        ({"eps": np.inf}, "eps is no radius"),
+        ({"steps": 0}, "steps is no positive"),
+        ({"length": -1}, "length is no share"),
+        ({"length": "a"}, "length is no share"),
+        ({"bounds": None}, "no pair"),
+        ({"bounds": (1, 0)}, "no pair"),
+        ({"bounds": (np.zeros(6), np.ones(6))}, "no pair"),
+        ({"bounds": (-np.inf, np.inf)}, "bounds are infinite"),
         ({"norm": "l3"}, "no such norm"),
     ],
 )

@@ -9,7 +9,7 @@ by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -120,6 +120,7 @@ class Step(NamedTuple):
         logits: the model's, at these points.
         over: rows with nothing left to try; None where the steps alone decide.
         flat: rows whose gradient was exactly 0; None where there is no gradient.
+        counts: rows whose candidate is what was asked for, if it is wrong; None: all.
     """
 
     state: State
@@ -127,6 +128,7 @@ class Step(NamedTuple):
     logits: Tensor
     over: Tensor | None = None
     flat: Tensor | None = None
+    counts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,8 @@ def read(attacks: Any) -> list[Attack]:
         KerasNormError: a name that none has, nothing at all, or two attacks of one
             name.
     """
-    given = [attacks] if isinstance(attacks, (str, Attack)) else list(attacks or ())
+    several = isinstance(attacks, Iterable) and not isinstance(attacks, str)
+    given: list[Any] = [*attacks] if several else [attacks]
     found: list[Attack] = []
     for one in given:
         if isinstance(one, str):

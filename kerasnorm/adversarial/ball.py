@@ -143,6 +143,13 @@ def check_distance(norm: str, centre: Any, x: Any) -> np.ndarray:
     return d.sum(axis=1) if norm == "l1" else np.sqrt(np.square(d).sum(axis=1))
 
 
+def rounding(norm: str, largest: Any, values: int) -> Any:
+    """What float32 may add to a distance between inputs of so many values, the largest
+    of this size: half a unit in the last place per value."""
+    power = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[norm]
+    return 2e-7 * largest * values**power
+
+
 class Linf(Ball, norm="linf"):
     """Each value moves by at most `eps`."""
 

@@ -18,7 +18,7 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm.adversarial.attack import Attack, Problem, Stream
-from kerasnorm.adversarial.ball import Ball, Bounds, per_row
+from kerasnorm.adversarial.ball import Ball, Bounds, flat, per_row, rounding
 from kerasnorm.adversarial.victim import Victim
 from kerasnorm.programs import Compiled
 
@@ -227,12 +227,17 @@ class Runner:
         taken = self.attack.step(p, state)
         nothing = ops.zeros_like(p.y, dtype="bool")
         distance = p.ball.distance(p.x, taken.candidate)
+        wrong = p.wrong(taken.logits)
+        if taken.counts is not None:
+            wrong = ops.logical_and(wrong, taken.counts)
+        # Attacks in the ball are there up to rounding, which is checked apart.
+        largest = ops.maximum(ops.max(flat(ops.abs(p.x)), axis=1), 1.0)
+        room = rounding(self.norm, largest, math.prod(p.x.shape[1:]))
         seen = {
             "x": taken.candidate,
-            "wrong": p.wrong(taken.logits),
+            "wrong": wrong,
             "distance": distance,
-            # Attacks in the ball are there up to rounding, which is checked apart.
-            "inside": distance <= p.eps * (1 + 1e-5) + 1e-6
+            "inside": distance <= p.eps * (1 + 1e-5) + 1e-6 + room
             if not self.attack.minimal
             else distance <= p.eps,
             "over": nothing if taken.over is None else taken.over,

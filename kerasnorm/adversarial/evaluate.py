@@ -14,7 +14,7 @@ from keras import ops
 from kerasnorm.adversarial import checks
 from kerasnorm.adversarial.apgd import apgd
 from kerasnorm.adversarial.attack import Attack, Stream, named
-from kerasnorm.adversarial.ball import check_distance
+from kerasnorm.adversarial.ball import check_distance, rounding
 from kerasnorm.adversarial.driver import Points, Runner
 from kerasnorm.adversarial.evaluation import AttackResult, Evaluation, within
 from kerasnorm.adversarial.fab import fab
@@ -22,6 +22,7 @@ from kerasnorm.adversarial.reading import (
     pieces,
     read_bounds,
     read_labels,
+    read_seed,
     read_settings,
 )
 from kerasnorm.adversarial.square import square
@@ -95,7 +96,7 @@ class Evaluator:
         attacked: the input that is moved, by place, name or key, where there are
             several.
         batch_size: points attacked at a time; 128 by default.
-        seed: of all random numbers; the same seed gives the same result.
+        seed: of all random numbers, 32 bits; the same seed gives the same result.
         alone: each attack is tried on every point that is classified correctly, rather
             than on those that still stand; slower, and comparable between attacks.
         keep: keep the adversarial examples in the result.
@@ -125,7 +126,7 @@ class Evaluator:
     ):
         self.attacks, self.norm, self.radii = read_settings(attacks, norm, eps)
         self.batch_size = count("batch_size", batch_size)
-        self.bounds, self.seed = bounds, int(seed)
+        self.bounds, self.seed = bounds, read_seed(seed)
         self.alone, self.keep, self.verbose = alone, keep, verbose
         self.jit = jit
         self.victim = Victim(
@@ -220,10 +221,12 @@ class Evaluator:
                     )
                     steps = int(found.steps.sum())
                     ok, apart = self._confirm(points, rows, found, bounds)
+                    fell = ok & self._within(attack, x[rows], found.distance, eps)
+                    # What left the ball by rounding alone is at its edge.
+                    found.distance[fell] = np.minimum(found.distance[fell], eps)
                     near = ok & (found.distance < distance[rows])
                     distance[rows[near]] = found.distance[near]
                     best[rows[near]] = found.x[near]
-                    fell = ok & within(found.distance, eps)
                     fallen[rows[fell]] = True
                     evidence.saw(attack, eps, found, rows, fell, apart)
                 standing &= ~fallen
@@ -286,9 +289,16 @@ class Evaluator:
             found = self._runner(attack, bounds, len(points.x)).run(
                 _subset(points, rows), eps, self.seed
             )
-            evidence.again.append(
-                (eps, len(rows), int(within(found.distance, eps).sum()))
-            )
+            again = self._within(attack, points.x[rows], found.distance, eps)
+            evidence.again.append((eps, len(rows), int(again.sum())))
+
+    def _within(
+        self, attack: Attack, x: np.ndarray, distance: np.ndarray, eps: float
+    ) -> np.ndarray:
+        """Which distances from `x` are in the ball. An attack that never leaves it is
+        outside by rounding alone, which is coarser the larger the inputs."""
+        room = 0.0 if attack.minimal else slack(self.norm, x, 0.0)
+        return within(distance, eps, room)
 
     def _runner(self, attack: Attack, bounds: tuple[Any, Any], n: int) -> Runner:
         # What is left at the end of a source goes through the same program.
@@ -381,11 +391,10 @@ class Evaluator:
         return bool(np.abs(again - outputs[rows]).max() > 1e-3 * scale)
 
 
-def slack(norm: str, x: np.ndarray, distance: Any) -> np.ndarray:
-    """What float32 may add to a distance: half a unit in the last place per value."""
-    values = math.prod(x.shape[1:])
-    power = {"linf": 0.0, "l2": 0.5, "l1": 1.0}[norm]
-    return 1e-5 * distance + 2e-7 * max(1.0, np.abs(x).max(initial=0)) * values**power
+def slack(norm: str, x: np.ndarray, distance: Any) -> Any:
+    """How far two ways to compute a distance from `x` in float32 may differ."""
+    largest = max(1.0, float(np.abs(x).max(initial=0)))
+    return 1e-5 * distance + rounding(norm, largest, math.prod(x.shape[1:]))
 
 
 def _subset(points: Points, rows: np.ndarray) -> Points:

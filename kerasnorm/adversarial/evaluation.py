@@ -275,9 +275,10 @@ class Evaluation(Result):
         return grid(self, path, rows)
 
 
-def within(distance: np.ndarray, eps: float) -> np.ndarray:
-    """Whether distances found in float32 are at most `eps`, but for rounding."""
-    return np.isfinite(distance) & (distance <= eps * (1 + 1e-5) + 1e-6)
+def within(distance: np.ndarray, eps: float, room: float = 0.0) -> np.ndarray:
+    """Whether distances found in float32 are at most `eps`, but for rounding, which
+    may have added `room`."""
+    return np.isfinite(distance) & (distance <= eps * (1 + 1e-5) + 1e-6 + room)
 
 
 def _percent(share: float) -> str:

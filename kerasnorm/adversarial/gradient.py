@@ -18,6 +18,7 @@ from kerasnorm.adversarial.attack import (
     named,
 )
 from kerasnorm.adversarial.ball import flat, per_row
+from kerasnorm.errors import count
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def bim(steps: int = 10, length: float | None = None, **settings) -> Attack:
         length: of each, as a share of eps; `1 / steps` by default.
         **settings: `name`, `restarts`.
     """
-    settings = {"name": "bim", "length": length or 1 / steps, **settings}
+    length = length or 1 / count("steps", steps)
+    settings = {"name": "bim", "length": length, **settings}
     return Iterative(steps=steps, **settings)
 
 
@@ -115,7 +117,8 @@ def mi_fgsm(
         decay: share of the accumulated gradient kept at each step.
         **settings: `name`, `restarts`, `random_start`.
     """
-    settings = {"name": "mi-fgsm", "length": length or 1 / steps, **settings}
+    length = length or 1 / count("steps", steps)
+    settings = {"name": "mi-fgsm", "length": length, **settings}
     return Iterative(steps=steps, decay=decay, **settings)
 
 

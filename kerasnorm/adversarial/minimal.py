@@ -88,7 +88,7 @@ class CarliniWagner(Attack):
         steps: for each `c`.
         searches: values of `c` tried.
         c: the first.
-        confidence: the margin that is asked for.
+        confidence: the margin that is asked for: examples with less do not count.
         rate: learning rate of Adam.
     """
 
@@ -142,7 +142,10 @@ class CarliniWagner(Attack):
         ratio = ops.sqrt(1 - ops.power(0.999, n)) / (1 - ops.power(0.9, n))
         w = s["w"] - self.rate * ratio * m / (ops.sqrt(v) + 1e-8)
 
-        hit = ops.logical_or(s["hit"], p.wrong(logits))
+        counts = margin(logits, p) >= self.confidence if self.confidence else None
+        wrong = p.wrong(logits)
+        found = wrong if counts is None else ops.logical_and(wrong, counts)
+        hit = ops.logical_or(s["hit"], found)
         end = within == self.steps - 1
         below = ops.where(hit, s["low"], ops.maximum(s["low"], s["c"]))
         above = ops.where(hit, ops.minimum(s["high"], s["c"]), s["high"])
@@ -157,7 +160,7 @@ class CarliniWagner(Attack):
             "high": ops.where(end, above, s["high"]),
             "hit": ops.logical_and(hit, ops.logical_not(end)),
         }
-        return Step(state, x, logits, flat=still)
+        return Step(state, x, logits, flat=still, counts=counts)
 
 
 @named("cw-l2", "cw")
@@ -167,6 +170,6 @@ def carlini_wagner(steps: int = 100, **settings) -> Attack:
     Args:
         steps: for each weight `c` of the misclassification.
         **settings: `name`; `searches`, weights tried, 9; `c`, the first, 0.01;
-            `confidence`, 0; `rate`, of Adam, 0.01.
+            `confidence`, the least margin of an example, 0; `rate`, of Adam, 0.01.
     """
     return CarliniWagner(**{"name": "cw-l2", "steps": steps, **settings})

@@ -88,20 +88,21 @@ def training(
     Args:
         history: one mapping per evaluation, with `epoch`, accuracies and perhaps
             `weight_norm`.
-        names: the accuracies to draw.
+        names: the accuracies to draw, each where it was logged.
         path: where to save the figure; not saved when None.
     """
     figure = results.figure(6.2, 4.2)
     ax = figure.subplots()
-    at = [h["epoch"] for h in history]
     for name in names:
-        ax.plot(at, [100 * h[name] for h in history], "o-", ms=4, label=name)
+        points = [(h["epoch"], 100 * h[name]) for h in history if name in h]
+        ax.plot(*zip(*points, strict=True), "o-", ms=4, label=name)
     ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 104))
     handles, labels = ax.get_legend_handles_labels()
     ax.spines["top"].set_visible(False)
-    if history and "weight_norm" in history[0]:
+    points = [(h["epoch"], h["weight_norm"]) for h in history if "weight_norm" in h]
+    if points:
         other = ax.twinx()
-        norms = [h["weight_norm"] for h in history]
+        at, norms = zip(*points, strict=True)
         other.plot(at, norms, "s--", color="0.4", ms=4, label="weight norm")
         other.set(ylabel="norm of the weights", ylim=(0, 1.1 * max(norms)))
         other.spines["top"].set_visible(False)

@@ -73,19 +73,7 @@ def read_bounds(bounds: Any, x: np.ndarray) -> tuple[Any, Any]:
         )
     if bounds is None:
         return float(x.min()), float(x.max())
-    try:
-        low, high = (np.asarray(b, "float32") for b in bounds)
-        np.broadcast_shapes(low.shape, high.shape, x.shape)
-        fine = bool(np.all(low < high)) and max(low.ndim, high.ndim) < x.ndim
-    except (TypeError, ValueError):
-        low = high = np.zeros(())
-        fine = False
-    if not fine:
-        raise KerasNormError(
-            "the bounds are no pair of lowest and highest values",
-            got=repr(bounds),
-            expected="bounds=(0, 1), or arrays that broadcast against one input",
-        )
+    low, high = read_pair(bounds, x.shape)
     beyond = ((x < low) | (x > high)).reshape(len(x), -1).any(1)
     if beyond.any():
         raise KerasNormError(
@@ -96,6 +84,51 @@ def read_bounds(bounds: Any, x: np.ndarray) -> tuple[Any, Any]:
             fix="Give the bounds of the data: bounds=(0, 255), or bounds=None",
         )
     return (low, high) if low.ndim or high.ndim else (float(low), float(high))
+
+
+def read_pair(bounds: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest values of inputs `(rows, ...)`, in float32.
+
+    Raises:
+        KerasNormError: not a pair, the wrong way round, or infinite.
+    """
+    try:
+        low, high = (np.asarray(b, "float32") for b in bounds)
+        np.broadcast_shapes(low.shape, high.shape, shape)
+        fine = bool(np.all(low < high)) and max(low.ndim, high.ndim) < len(shape)
+    except (TypeError, ValueError):
+        low = high = np.zeros(())
+        fine = False
+    if not fine:
+        raise KerasNormError(
+            "the bounds are no pair of lowest and highest values",
+            got=repr(bounds),
+            expected="bounds=(0, 1)"
+            + (", or arrays that broadcast against one input" if shape[1:] else ""),
+        )
+    if np.isinf(low).any() or np.isinf(high).any():
+        raise KerasNormError(
+            "the bounds are infinite",
+            got=repr(bounds),
+            expected="finite ones, as attacks share out the room up to them",
+            fix="Give values that no input reaches: bounds=(-100, 100)",
+        )
+    return low, high
+
+
+def read_seed(seed: Any) -> int:
+    """A seed, which programs hold in 32 bits.
+
+    Raises:
+        KerasNormError: no whole number, or one of more bits.
+    """
+    if not isinstance(seed, (int, np.integer)) or not -(2**31) <= seed < 2**31:
+        raise KerasNormError(
+            "the seed is no whole number of 32 bits",
+            got=repr(seed),
+            expected=f"{-(2**31)} to {2**31 - 1}",
+        )
+    return int(seed)
 
 
 def _short(b: np.ndarray) -> str:

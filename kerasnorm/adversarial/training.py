@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import keras
@@ -9,7 +10,8 @@ from keras import ops
 
 from kerasnorm import programs
 from kerasnorm.adversarial.attack import pick
-from kerasnorm.adversarial.ball import Ball, canonical
+from kerasnorm.adversarial.ball import Ball, canonical, flat, per_row
+from kerasnorm.adversarial.reading import read_pair, read_radii
 from kerasnorm.adversarial.victim import Victim
 from kerasnorm.errors import KerasNormError, count
 
@@ -61,7 +63,8 @@ class AdversarialTraining(keras.Model):
         steps: of `"pgd"`.
         length: of its steps, as a share of eps.
         replays: of `"free"`; train for fewer epochs by this factor.
-        bounds: lowest and highest value of an input.
+        bounds: lowest and highest value of an input; one beyond them is moved towards
+            them or not at all.
         outputs: of the model: `"logits"`, `"probabilities"` or `"auto"`.
         seed: of the random starts.
     """
@@ -86,16 +89,25 @@ class AdversarialTraining(keras.Model):
             raise KerasNormError(
                 "no such method", got=repr(method), expected=" or ".join(METHODS)
             )
-        if not 0 <= eps < float("inf"):
+        radius, *more = read_radii(eps)
+        if more or radius == float("inf"):
             raise KerasNormError(
-                "eps is no radius", got=repr(eps), expected="a number of at least 0"
+                "eps is no radius",
+                got=repr(eps),
+                expected="one finite number of at least 0",
             )
+        if not isinstance(length, numbers.Real) or not 0 < length < float("inf"):
+            raise KerasNormError(
+                "length is no share of eps",
+                got=f"length={length!r}",
+                expected="a number above 0",
+            )
+        read_pair(bounds, (1,))
         self.model, self.method, self.outputs_are = model, method, outputs
-        self.norm, self.eps = canonical(norm), float(eps)
+        self.norm, self.eps = canonical(norm), radius
         self.bounds = (float(bounds[0]), float(bounds[1]))
         self.steps, self.replays = count("steps", steps), count("replays", replays)
-        self.length = length
-        self.seed = seed
+        self.length, self.seed = float(length), seed
         self.generator = keras.random.SeedGenerator(seed)
         self.victim = Victim(model, outputs=outputs)
         self.victim.assume()
@@ -121,23 +133,26 @@ class AdversarialTraining(keras.Model):
         if self.method == "pgd":
             moved, state = programs.in_training(self, state, lambda: self.perturb(x, y))
             return super().train_step(*state, (moved, y, weight))
-        ball = Ball(self.norm, self.eps)
+        ball, bounds = Ball(self.norm, self.eps), self._around(x)
         length = ops.full((ops.shape(x)[0],), self.eps)
         moved, state = programs.in_training(
-            self, state, lambda: ball.start(x, self.bounds, self.generator)
+            self, state, lambda: ball.start(x, bounds, self.generator)
         )
         logs: Any = {}
         for _ in range(self.replays):
             logs, state, g = programs.train_step(self, state, moved, y, weight)
-            moved = moved + ball.steepest(moved, g, length, self.bounds)
-            moved = ops.stop_gradient(ball.project(x, moved, self.bounds))
+            further = moved + ball.steepest(moved, g, length, bounds)
+            further = ops.stop_gradient(ball.project(x, further, bounds))
+            # Gradients of a scaled loss overflow now and then.
+            finite = ops.all(ops.isfinite(flat(g)), axis=1)
+            moved = ops.where(per_row(finite, x), further, moved)
         return (logs, *state) if state else logs
 
     def perturb(self, x: Any, y: Any) -> Any:
         """Adversarial examples of a batch, from a random start.
 
         Args:
-            x: `(rows, ...)` within the bounds.
+            x: `(rows, ...)`.
             y: classes, integers or one-hot.
         """
         classes = self.victim.classes
@@ -145,9 +160,9 @@ class AdversarialTraining(keras.Model):
         if len(y.shape) == 2 and y.shape[-1] == classes:
             y = ops.argmax(y, axis=-1)
         y = ops.cast(ops.reshape(y, (-1,)), "int32")
-        ball = Ball(self.norm, self.eps)
+        ball, bounds = Ball(self.norm, self.eps), self._around(x)
         length = ops.full((ops.shape(x)[0],), self.length * self.eps)
-        moved = ball.start(x, self.bounds, self.generator)
+        moved = ball.start(x, bounds, self.generator)
 
         def losses(x):
             z = self.victim.logits(x, ())
@@ -155,9 +170,14 @@ class AdversarialTraining(keras.Model):
 
         for _ in range(self.steps):
             _, _, g = programs.value_and_gradient(losses, moved)
-            moved = moved + ball.steepest(moved, g, length, self.bounds)
-            moved = ops.stop_gradient(ball.project(x, moved, self.bounds))
+            moved = moved + ball.steepest(moved, g, length, bounds)
+            moved = ops.stop_gradient(ball.project(x, moved, bounds))
         return moved
+
+    def _around(self, x: Any) -> tuple[Any, Any]:
+        """Bounds that hold `x` too: clipped, it could move further than eps."""
+        low, high = self.bounds
+        return ops.minimum(x, low), ops.maximum(x, high)
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -28,6 +28,10 @@ class Transfer(Attack):
     def norms(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.attack.norms
 
+    @property
+    def minimal(self) -> bool:  # type: ignore[override]
+        return self.attack.minimal
+
     def targets(self, classes: int) -> int:
         return self.attack.targets(classes)
 

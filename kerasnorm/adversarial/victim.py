@@ -11,11 +11,14 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm.errors import KerasNormError
+from kerasnorm.reparametrized import Reparametrized
 from rewriters.program import is_graph
 
 
 Tensor = Any
 OUTPUTS = ("auto", "logits", "probabilities")
+# Wrappers that exchange the kernel of a layer, and change nothing behind it.
+SAME = (Reparametrized, keras.layers.SpectralNormalization)
 
 
 class Victim:
@@ -102,7 +105,7 @@ class Victim:
             raise KerasNormError(
                 "the attacked input holds no numbers", got=f"dtype {attacked.dtype}"
             )
-        self._check_inputs(attacked)
+        self._check_input(x, attacked)
         attacked = np.ascontiguousarray(attacked, "float32")
         if not self.units:
             self._read_outputs(attacked, leaves)
@@ -110,15 +113,11 @@ class Victim:
 
     def _place(self, x: Any, count: int) -> int:
         if isinstance(self.attacked, str):
-            names = list(x) if isinstance(x, dict) else []
-            inputs = getattr(self.model, "inputs", None) or ()
-            names = names or [t.name for t in inputs]
+            names = _keys(x) or list(self._inputs(x))
             if self.attacked not in names:
                 raise KerasNormError(
                     "no such input", got=repr(self.attacked), expected=", ".join(names)
                 )
-            if isinstance(x, dict):
-                return tree.flatten({k: k == self.attacked for k in x}).index(True)
             return names.index(self.attacked)
         if self.attacked is None and count > 1:
             raise KerasNormError(
@@ -130,22 +129,37 @@ class Victim:
             raise KerasNormError(
                 "no such input", got=self.attacked, expected=f"0 to {count - 1}"
             )
+        keys, names = _keys(x), list(self._inputs(x))
+        if set(names) <= set(keys) and names[self.attacked or 0 :]:
+            # Places are those of the model, whose order a dict need not have.
+            return keys.index(names[self.attacked or 0])
         return self.attacked or 0
 
-    def _check_inputs(self, x: np.ndarray) -> None:
+    def _inputs(self, x: Any) -> dict[str, Any]:
+        """The model's inputs by the names that `x` has for them, in the order of the
+        model; none where it has no graph."""
         inputs = getattr(self.model, "inputs", None) or ()
-        if self.preprocessing is not None or len(inputs) <= self.place:
+        wanted = getattr(self.model, "_inputs_struct", None)
+        names = _keys(wanted) if isinstance(x, dict) else []
+        if len(names) != len(inputs):
+            names = [t.name for t in inputs]
+        return dict(zip(names, inputs, strict=True))
+
+    def _check_input(self, x: Any, attacked: np.ndarray) -> None:
+        inputs = self._inputs(x)
+        names = _keys(x) or list(inputs)
+        wanted = inputs.get(names[self.place]) if self.place < len(names) else None
+        if self.preprocessing is not None or wanted is None:
             return
-        wanted = inputs[self.place]
         shape, dtype = (
             tuple(wanted.shape),
             keras.backend.standardize_dtype(wanted.dtype),
         )
-        pairs = zip(shape[1:], x.shape[1:], strict=False)
-        if len(shape) != x.ndim or any(w not in (None, g) for w, g in pairs):
+        pairs = zip(shape[1:], attacked.shape[1:], strict=False)
+        if len(shape) != attacked.ndim or any(w not in (None, g) for w, g in pairs):
             raise KerasNormError(
                 "the data does not fit the attacked input",
-                got=f"shape {x.shape}",
+                got=f"shape {attacked.shape}",
                 expected=f"shape {shape}",
             )
         if "float" not in dtype:
@@ -157,8 +171,16 @@ class Victim:
 
     def _read_outputs(self, x: np.ndarray, others: Sequence[np.ndarray]) -> None:
         rows = [ops.convert_to_tensor(a[:2]) for a in (x, *others)]
-        with keras.StatelessScope() if self.model.built else contextlib.nullcontext():
-            y = self.plain(rows[0], rows[1:])
+        built = self.model.built
+        try:
+            with keras.StatelessScope() if built else contextlib.nullcontext():
+                y = self.plain(rows[0], rows[1:])
+        except Exception as error:  # each backend raises its own
+            raise KerasNormError(
+                "the model cannot be called with the data",
+                got=f"{type(error).__name__} for {[a.shape for a in (x, *others)]}",
+                expected="inputs of the shapes that it was built for",
+            ) from error
         flat = tree.flatten(y)
         if len(flat) != 1 or len(flat[0].shape) != 2 or flat[0].shape[-1] is None:
             raise KerasNormError(
@@ -247,7 +269,8 @@ class Victim:
             odds = ops.log(ops.clip(1 - z, 1e-30, 1.0)) if self.units == 1 else 0.0
             z = ops.log(z) - odds
         if self.units == 1:
-            z = ops.concatenate([ops.zeros_like(z), z], axis=-1)
+            # By halves: against a constant 0 the gradient vanishes in rounding sooner.
+            z = ops.concatenate([-z / 2, z / 2], axis=-1)
         return z
 
     def redrawn(self, seed: Any) -> Any:
@@ -271,6 +294,11 @@ class Victim:
         return tree.map_structure(lambda k: leaves[k], self.structure)
 
 
+def _keys(x: Any) -> list[Any]:
+    """The keys of a dict in the order of its leaves; none of anything else."""
+    return tree.flatten({k: k for k in x}) if isinstance(x, dict) else []
+
+
 # --------------------------------------------------------- the last activation
 
 
@@ -278,22 +306,29 @@ def _ending(model: Any) -> Any:
     """The operation that makes probabilities of logits at the end of a model, None
     where there is none, or where it is also used elsewhere."""
     layer: Any = model
-    while isinstance(layer, keras.Model):
-        if is_graph(layer):
+    calls = 0
+    while isinstance(layer, (keras.Model, *SAME)):
+        if isinstance(layer, SAME):
+            calls += len(layer._inbound_nodes)
+            layer = layer.layer
+        elif is_graph(layer):
             outputs = layer.outputs
             layer = outputs[0]._keras_history.operation if len(outputs) == 1 else None
         elif isinstance(layer, keras.Sequential) and layer.layers:
             layer = layer.layers[-1]
         else:
             return _ending_of_subclass(model)
-    nodes = getattr(layer, "_inbound_nodes", ())
-    return layer if _kind(layer) and len(nodes) <= 1 else None
+    calls += len(getattr(layer, "_inbound_nodes", ()))
+    return layer if _kind(layer) and calls <= 1 else None
 
 
 def _ending_of_subclass(model: Any) -> Any:
     """Of layers without a recorded graph, the last one made is called last."""
     layers = list(model._flatten_layers(include_self=False, recursive=False))
-    return layers[-1] if layers and _kind(layers[-1]) else None
+    last: Any = layers[-1] if layers else None
+    while isinstance(last, SAME):
+        last = last.layer
+    return last if _kind(last) else None
 
 
 def _kind(operation: Any) -> str | None:

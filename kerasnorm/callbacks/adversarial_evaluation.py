@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 from keras.src.utils.io_utils import print_msg  # has no public name
 
 from kerasnorm import replicas
 from kerasnorm.adversarial.evaluate import Evaluator
 from kerasnorm.adversarial.evaluation import Evaluation
-from kerasnorm.adversarial.reading import read_settings
+from kerasnorm.adversarial.reading import pieces, read_settings
+from kerasnorm.callbacks._steps import Steps
 from kerasnorm.errors import KerasNormError, count
 
 
@@ -32,7 +36,8 @@ class AdversarialEvaluation(keras.callbacks.Callback):
     EarlyStopping("val_pgd_accuracy", mode="max"), ModelCheckpoint(...)]`.
 
     Nothing of the training is changed, to the last bit: no weight, no moving statistic,
-    no state of a random generator. Each attack is compiled once, in the first epoch.
+    no state of a random generator. Each attack is compiled once, in the first epoch,
+    and again only where another model or other averages are attacked.
 
     ```python
     robust = AdversarialEvaluation(x_val, y_val, ["pgd", "apgd-ce"], eps=8 / 255)
@@ -41,20 +46,25 @@ class AdversarialEvaluation(keras.callbacks.Callback):
     ```
 
     Args:
-        x, y: inputs and classes, as for `kerasnorm.adversarial.evaluate`.
+        x, y: inputs and classes, as for `kerasnorm.adversarial.evaluate`; a source of
+            batches is read once, when training starts.
         attacks, norm, eps: as there; PGD with 20 steps by default.
-        samples: at most this many of the inputs, evenly spaced; None for all.
+        samples: at most this many of the inputs, of arrays evenly spaced ones, of a
+            source of batches the first; None for all.
         every: epochs between two evaluations, counted from epoch 0. The first epoch of
-            every `fit` is evaluated in any case. In the epochs between, the last values
-            are logged again, so that every epoch has them.
+            every `fit` is evaluated in any case, unless `file` has one before it. In
+            the epochs between, the last values are logged again, so that every epoch
+            has them.
         every_steps: also evaluate after this many training steps, counted from the
-            start of `fit`; these go to `history` alone.
+            start of `fit`; these go to `history` alone. Where Keras runs several at a
+            time (`steps_per_execution`), after those in which the number is reached.
         ema: attack the exponential moving average of the weights that the optimizer
             keeps (`use_ema=True`).
         weight_norms: log `weight_norm` beside, the l2 norm of all kernels together.
         prefix: of the logged names.
-        file: a `.jsonl` file that every evaluation is appended to; a training that
-            was interrupted goes on with the values in it.
+        file: a `.jsonl` file that every evaluation is appended to, in a folder that is
+            made if need be; a training that was interrupted goes on with the values in
+            it.
         model: attack this one instead, for example an average kept by other means.
         verbose: 1 shows a progress bar and a line of results, 0 nothing.
         **settings: as for `kerasnorm.adversarial.Evaluator`: `bounds`, `batch_size`,
@@ -67,13 +77,14 @@ class AdversarialEvaluation(keras.callbacks.Callback):
 
     Raises:
         KerasNormError: at the start of training, as `evaluate`; a setting that makes no
-            sense; `ema` and an optimizer that keeps no average.
+            sense; `ema` and an optimizer that keeps no average; a `file` of another
+            kind.
     """
 
     def __init__(
         self,
         x: Any,
-        y: Any,
+        y: Any = None,
         attacks: Any = None,
         norm: Any = "linf",
         eps: Any = 8 / 255,
@@ -122,8 +133,10 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         self.evaluation: Evaluation | None = None
         self.seconds = 0.0
         self._evaluator: Evaluator | None = None
+        self._attacked: list[Any] = []
         self._last: dict[str, float] | None = None
-        self._epoch, self._steps, self._began, self._spent = 0, 0, 0.0, 0.0
+        self._epoch, self._began, self._spent = 0, 0.0, 0.0
+        self._steps = Steps(every_steps)
         read_settings(attacks, norm, eps)
 
     @property
@@ -136,17 +149,22 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         return Evaluator(model, replaced=replaced, **self.settings)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self._began, self._spent, self._steps = time.perf_counter(), 0.0, 0
-        self._last = None
-        self.x, self.y = _spaced(self.x, self.samples), _spaced(self.y, self.samples)
+        self._began, self._spent = time.perf_counter(), 0.0
+        self._last, self._steps = None, Steps(self.every_steps)
+        self.x, self.y = _few(self.x, self.y, self.samples)
         self._begin()
+        if self.file is not None and replicas.writes(self.model):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         if self.file is not None and self.file.exists():
-            lines = self.file.read_text("utf-8").splitlines()
-            self.history = [json.loads(line) for line in lines if line.strip()]
+            self.history = _read(self.file)
+
+    def _victim(self) -> Any:
+        trained = self.model  # on JAX, asking for it brings it up to date
+        return trained if self.other is None else self.other
 
     def _begin(self) -> None:
         """Mistakes show now, not after the first epoch."""
-        model = self.other or self.model
+        model = self._victim()
         if self.ema and not getattr(_inner(model.optimizer), "use_ema", False):
             raise KerasNormError(
                 "the optimizer keeps no average of the weights",
@@ -160,9 +178,8 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self._steps += 1
-        if self.every_steps and self._steps % self.every_steps == 0:
-            self._evaluate(step=self._steps)
+        if self._steps.passed(batch, (self.params or {}).get("steps")):
+            self._evaluate(step=self._steps.count)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if epoch % self.every == 0 or self._known(epoch) is None:
@@ -173,8 +190,9 @@ class AdversarialEvaluation(keras.callbacks.Callback):
             logs.update(self._last or {})
 
     def _known(self, epoch: int) -> dict[str, float] | None:
-        """What was logged in an earlier epoch of this run, or of one before it."""
-        if self._last is not None:
+        """What was logged in an earlier epoch of this run, or of one before it that was
+        interrupted."""
+        if self._last is not None or self.file is None:
             return self._last
         before = [h for h in self.history if h["epoch"] < epoch and h["step"] is None]
         if not before:
@@ -184,9 +202,12 @@ class AdversarialEvaluation(keras.callbacks.Callback):
 
     def _evaluate(self, step: int | None) -> dict[str, float]:
         started = time.perf_counter()
-        model = self.other or self.model  # on JAX, asking for it brings it up to date
-        if self._evaluator is None:
-            self._evaluator = self._make(model, self._averages())
+        model, averages = self._victim(), self._averages()
+        attacked = [model, *chain(*averages)]
+        same = [*map(id, attacked)] == [*map(id, self._attacked)]
+        if self._evaluator is None or not same:
+            self._evaluator = self._make(model, averages)
+            self._attacked = attacked
         found = self.evaluation = self._evaluator(self.x, self.y)
         values = self._values(found)
         if self.weight_norms:
@@ -198,8 +219,7 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         entry.update(values)
         self.history.append(entry)
         if self.file is not None and replicas.writes(self.model):
-            with self.file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(entry) + "\n")
+            _append(self.file, entry)
         if self.verbose and replicas.writes(self.model):
             print_msg(
                 "\n"
@@ -242,13 +262,15 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         entries = [h for h in self.history if h["step"] is None]
         if not entries:
             raise KerasNormError("there is nothing to draw", got="no evaluation yet")
-        names = [k for k in entries[0] if k.endswith("accuracy")]
-        return training(entries, names, path)
+        names = [k for k in chain(*entries) if k.endswith("accuracy")]
+        return training(entries, list(dict.fromkeys(names)), path)
 
 
 def _inner(optimizer: Any) -> Any:
-    """The optimizer itself, where loss scaling is wrapped around it."""
-    return getattr(optimizer, "inner_optimizer", None) or optimizer
+    """The optimizer itself, where loss scaling and others are wrapped around it."""
+    while getattr(optimizer, "inner_optimizer", None) is not None:
+        optimizer = optimizer.inner_optimizer
+    return optimizer
 
 
 def weight_norm(model: Any) -> float:
@@ -261,13 +283,63 @@ def weight_norm(model: Any) -> float:
     return math.sqrt(sum(squares))
 
 
-def _spaced(data: Any, samples: int | None) -> Any:
-    """Evenly spaced rows of arrays, or of lists and dicts of arrays."""
+def _few(x: Any, y: Any, samples: int | None) -> tuple[Any, np.ndarray]:
+    """At most so many inputs and their classes, in the same places.
+
+    Raises:
+        KerasNormError: different numbers of them; a source of batches without classes.
+    """
+    if y is None:
+        x, y = next(pieces(x, samples or sys.maxsize))
+        rows: Any = slice(samples)
+    else:
+        x, y = _arrays(x), np.atleast_1d(np.asarray(y))
+        rows = slice(None)
+        if samples is not None and len(y) > samples:
+            rows = np.linspace(0, len(y) - 1, samples).astype(int)
+    arrays = [*tree.flatten(x), y]
+    if len({a.shape[:1] for a in arrays}) > 1:
+        raise KerasNormError(
+            "the inputs and classes have different numbers of samples",
+            got=[a.shape for a in arrays],
+        )
+    return tree.map_structure(lambda a: a[rows], x), y[rows]
+
+
+def _arrays(data: Any) -> Any:
+    """An array, or lists and dicts of arrays."""
     if isinstance(data, Mapping):
-        return {k: _spaced(v, samples) for k, v in data.items()}
-    if isinstance(data, (list, tuple)) and data and hasattr(data[0], "shape"):
-        return type(data)(_spaced(v, samples) for v in data)
-    data = np.asarray(ops.convert_to_numpy(data) if hasattr(data, "dtype") else data)
-    if samples is None or not data.ndim or len(data) <= samples:
-        return data
-    return data[np.linspace(0, len(data) - 1, samples).astype(int)]
+        return {k: _arrays(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)) and data and getattr(data[0], "shape", ()):
+        return type(data)(map(_arrays, data))
+    return np.asarray(ops.convert_to_numpy(data) if hasattr(data, "dtype") else data)
+
+
+# What every line of a file begins with.
+HEAD = '{"epoch": '
+
+
+def _append(file: Path, entry: dict[str, Any]) -> None:
+    cut = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+    with file.open("a", encoding="utf-8") as out:
+        out.write("\n" * cut + json.dumps(entry) + "\n")
+
+
+def _read(file: Path) -> list[dict[str, float]]:
+    """The evaluations in a file, but for lines that an interruption cut off.
+
+    Raises:
+        KerasNormError: it holds something else.
+    """
+    found = []
+    for line in file.read_text("utf-8", errors="replace").splitlines():
+        if not line.startswith(HEAD[: len(line)]):
+            raise KerasNormError(
+                "the file holds no evaluations",
+                got=f"{str(file)!r} with {line[:40]!r}",
+                expected=f"lines that begin with {HEAD!r}",
+                fix="Give another file",
+            )
+        with contextlib.suppress(json.JSONDecodeError):
+            found += [json.loads(line)] if line else []
+    return found

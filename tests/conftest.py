@@ -47,13 +47,14 @@ MAIN_METHODS = ("bn", "frn", "gn", "in", "ln", "none", "rms", "wn")
 def in_turn(names, default=None):
     """`(name, methods)` of tests that rewrite many large models.
 
-    By default the methods that promise to be exact, and two of the others, which take
-    turns; on the names in `default` alone, where it is given. All with `-m slow`.
+    By default one of the methods that promise to be exact and one of the others, which
+    take turns; on the names in `default` alone, where it is given. All with `-m slow`.
     """
-    rest = [m for m in MAIN_METHODS if m not in ("none", "wn")]
+    exact = ("none", "wn")
+    rest = [m for m in MAIN_METHODS if m not in exact]
     for k, name in enumerate(names if default is None else default):
-        two = [rest[(2 * k + i) % len(rest)] for i in (0, 1)]
-        yield pytest.param(name, ("none", "wn", *two), id=name)
+        two = exact[k % len(exact)], rest[k % len(rest)]
+        yield pytest.param(name, two, id=name)
     for name in names:
         slow = pytest.mark.slow
         yield pytest.param(name, MAIN_METHODS, id=f"{name}-all", marks=slow)

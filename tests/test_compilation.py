@@ -206,7 +206,7 @@ def test_batches_of_a_fit_are_of_one_size(rng):
     x = np.arange(23, dtype="float32")[:, None]
     batches = distill._Batches(data.Inputs([x], 0), 8, seed=0)
     for _ in range(2):
-        found = [batches[k][0] for k in range(len(batches))]
+        found = [batches[k][0][0] for k in range(len(batches))]
         assert [len(v) for v in found] == [8, 8, 8]
         assert set(np.concatenate(found)[:, 0]) == set(range(23))
         batches.on_epoch_end()

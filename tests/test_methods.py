@@ -25,7 +25,7 @@ def cases_run(method) -> int:
     """How many of a method's cases run by default."""
     if is_main(method):
         return 2 if JAX else len(method.cases)
-    return 1 if JAX else 2
+    return 1
 
 
 def generated():

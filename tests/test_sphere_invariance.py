@@ -71,7 +71,7 @@ def test_published(name, shared):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in SMALL[-6:] else pytest.mark.slow) for n in ALL],
+    [pytest.param(n, marks=() if n in SMALL[-4:] else pytest.mark.slow) for n in ALL],
 )
 def test_applications(name):
     model = make(name)

@@ -18,8 +18,9 @@ def count(name: str, value: object) -> int:
         KerasNormError: no whole number (`True` is none, a NumPy integer is) or below 1.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < 1:
+    number = int(value) if whole else 0  # type: ignore[arg-type]
+    if number < 1:
         raise KerasNormError(
             f"{name} is no positive whole number", got=f"{name}={value!r}"
         )
-    return int(value)
+    return number

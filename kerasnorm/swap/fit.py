@@ -204,14 +204,14 @@ def check_options(options: Any) -> None:
             count(name, given[name])
     for name in ("learning_rate", "memory"):
         value = given[name]
-        if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+        if not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
             raise KerasNormError(
                 f"not a {name.replace('_', ' ')}",
                 got=f"{name}={value!r}",
                 expected="a finite number above 0",
             )
     seed, augment = given["seed"], given["augment"]
-    if not (isinstance(seed, numbers.Integral) and seed >= 0):
+    if not (isinstance(seed, numbers.Integral) and int(seed) >= 0):
         raise KerasNormError(
             "not a seed", got=f"seed={seed!r}", expected="an integer of at least 0"
         )

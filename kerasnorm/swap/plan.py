@@ -373,7 +373,7 @@ def _options(
                 fix=f"Did you mean {near[0]!r}?" if near else None,
             )
     epsilon = arguments.get("epsilon", 0)
-    if not (isinstance(epsilon, numbers.Real) and 0 <= epsilon < math.inf):
+    if not (isinstance(epsilon, numbers.Real) and 0 <= float(epsilon) < math.inf):
         raise KerasNormError(
             "this is no epsilon",
             got=f"epsilon={epsilon!r}",

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras.layers import Layer
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, accepting
 from kerasnorm.method import (
     Adoption,
     Edit,
@@ -236,7 +236,7 @@ def in_place_of(layer: Layer, cls: type[Layer], *args: Any, **arguments: Any) ->
     Raises:
         KerasNormError: the class refuses its arguments.
     """
-    try:
+    with accepting(cls.__name__, arguments):
         return cls(
             *args,
             **arguments,
@@ -244,12 +244,6 @@ def in_place_of(layer: Layer, cls: type[Layer], *args: Any, **arguments: Any) ->
             trainable=layer.trainable,
             dtype=layer.dtype_policy,
         )
-    except (TypeError, ValueError) as error:
-        if isinstance(error, KerasNormError):
-            raise
-        raise KerasNormError(
-            f"{cls.__name__} refuses its arguments", got=f"{arguments}: {error}"
-        ) from error
 
 
 def _accepted(cls: type) -> set[str]:

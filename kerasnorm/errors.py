@@ -1,14 +1,29 @@
-"""The error a kerasnorm user meets, and the check that most arguments need."""
+"""The error a kerasnorm user meets, and the checks that most arguments need."""
 
 from __future__ import annotations
 
+import contextlib
 import numbers
+from collections.abc import Iterator
 
 from rewriters.errors import RewriteError
 
 
 class KerasNormError(RewriteError):
     """What happened, with which values, what was expected, how to mend it."""
+
+
+@contextlib.contextmanager
+def accepting(what: str, arguments: object) -> Iterator[None]:
+    """Makes one error of what a constructor raises over its arguments."""
+    try:
+        yield
+    except KerasNormError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise KerasNormError(
+            f"{what} refuses its arguments", got=f"{arguments}: {error}"
+        ) from error
 
 
 def count(name: str, value: object) -> int:

@@ -306,3 +306,10 @@ def train_step(
         metrics, loss, x, y, y_pred, sample_weight
     )
     return logs, [(trainable, fixed, optimizer, metrics)], at_x
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, within those that wrap it."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer

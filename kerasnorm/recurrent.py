@@ -19,7 +19,7 @@ import keras
 from keras import ops
 from keras.src import backend as keras_backend  # `rnn` has no public name
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.errors import KerasNormError, accepting
 from kerasnorm.method import Adoption, Edit, Fidelity, Method, Reason, Refusal, get
 from rewriters.graph import Site
 from rewriters.transfer import assign, own_variables
@@ -78,15 +78,8 @@ class _Normalized(keras.layers.Layer):
                 expected="a per-sample method, 'streaming' or 'time_specific'",
             )
         for name in self.widths():
-            try:
+            with accepting(method.title, f"norm_arguments={self.norm_arguments}"):
                 made = layer(**self.norm_arguments, dtype=self.dtype_policy, name=name)
-            except (TypeError, ValueError) as error:
-                if isinstance(error, KerasNormError):
-                    raise
-                raise KerasNormError(
-                    f"{method.title} refuses its arguments",
-                    got=f"norm_arguments={self.norm_arguments}: {error}",
-                ) from error
             setattr(self, name, made)
 
     def widths(self) -> dict[str, int]:

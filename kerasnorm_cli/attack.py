@@ -143,8 +143,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _data(path: Path, model: Any, samples: int | None) -> tuple[Any, Any]:
     """Inputs and classes of a file, evenly spaced where there are too many."""
-    import numpy as np
-
+    from kerasnorm.swap.data import spaced
     from kerasnorm_cli._work import read_data
     from rewriters import RewriteError
 
@@ -154,7 +153,6 @@ def _data(path: Path, model: Any, samples: int | None) -> tuple[Any, Any]:
             "the data file has no classes", got=str(path), expected="an array named y"
         )
     n = len(y) if y.ndim else 0
-    if samples is not None and n > samples:
-        rows = np.linspace(0, n - 1, samples).astype(int)
-        inputs, y = [a[rows] if len(a) == n else a for a in inputs], y[rows]
+    rows = spaced(n, samples) if n else ...
+    inputs, y = [a[rows] if len(a) == n else a for a in inputs], y[rows]
     return (inputs[0] if len(inputs) == 1 else inputs), y

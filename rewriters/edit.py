@@ -90,7 +90,7 @@ def edit(
         old = site_map[path].layer
         replaced[id(old)] = new(old) if callable(new) and not _is_layer(new) else new
     needless = {id(site_map[p].layer): set(d) for p, d in (drops or {}).items()}
-    copier = _Copier(model, replaced, needless, site_map)
+    copier = _Copier(replaced, needless, site_map)
     new_model = copier.copy(model)
     if not is_graph(new_model):
         build_like(model, new_model)
@@ -109,7 +109,6 @@ def _is_layer(x: object) -> bool:
 class _Copier:
     def __init__(
         self,
-        root: Any,
         replaced: dict[int, Any],
         drops: dict[int, set[str]],
         site_map: SiteMap,

@@ -699,6 +699,18 @@ def test_batches_of_unlike_lengths_are_refused(rng):
         reading.collect(model, batches, 8)
 
 
+def test_a_source_without_batches_is_empty_and_not_endless():
+    class Nothing(keras.utils.PyDataset):
+        def __len__(self):
+            return 0
+
+        def __getitem__(self, k):
+            raise AssertionError("there is none")
+
+    with pytest.raises(KerasNormError, match="no data"):
+        reading.collect(small_cnn(), Nothing())
+
+
 def test_an_endless_source_is_cut_and_said_so(rng):
     x = images(rng, 16)
 

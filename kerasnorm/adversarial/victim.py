@@ -12,6 +12,7 @@ from keras import ops, tree
 
 from kerasnorm.errors import KerasNormError
 from kerasnorm.reparametrized import Reparametrized
+from kerasnorm.swap.data import fits, keys_of
 from rewriters.program import is_graph
 
 
@@ -113,7 +114,7 @@ class Victim:
 
     def _place(self, x: Any, count: int) -> int:
         if isinstance(self.attacked, str):
-            names = _keys(x) or list(self._inputs(x))
+            names = keys_of(x) or list(self._inputs(x))
             if self.attacked not in names:
                 raise KerasNormError(
                     "no such input", got=repr(self.attacked), expected=", ".join(names)
@@ -129,7 +130,7 @@ class Victim:
             raise KerasNormError(
                 "no such input", got=self.attacked, expected=f"0 to {count - 1}"
             )
-        keys, names = _keys(x), list(self._inputs(x))
+        keys, names = keys_of(x), list(self._inputs(x))
         if set(names) <= set(keys) and names[self.attacked or 0 :]:
             # Places are those of the model, whose order a dict need not have.
             return keys.index(names[self.attacked or 0])
@@ -140,14 +141,14 @@ class Victim:
         model; none where it has no graph."""
         inputs = getattr(self.model, "inputs", None) or ()
         wanted = getattr(self.model, "_inputs_struct", None)
-        names = _keys(wanted) if isinstance(x, dict) else []
+        names = keys_of(wanted) if isinstance(x, dict) else []
         if len(names) != len(inputs):
             names = [t.name for t in inputs]
         return dict(zip(names, inputs, strict=True))
 
     def _check_input(self, x: Any, attacked: np.ndarray) -> None:
         inputs = self._inputs(x)
-        names = _keys(x) or list(inputs)
+        names = keys_of(x) or list(inputs)
         wanted = inputs.get(names[self.place]) if self.place < len(names) else None
         if self.preprocessing is not None or wanted is None:
             return
@@ -155,8 +156,7 @@ class Victim:
             tuple(wanted.shape),
             keras.backend.standardize_dtype(wanted.dtype),
         )
-        pairs = zip(shape[1:], attacked.shape[1:], strict=False)
-        if len(shape) != attacked.ndim or any(w not in (None, g) for w, g in pairs):
+        if not fits(shape, attacked.shape):
             raise KerasNormError(
                 "the data does not fit the attacked input",
                 got=f"shape {attacked.shape}",
@@ -292,11 +292,6 @@ class Victim:
         leaves = list(others)
         leaves.insert(self.place, x)
         return tree.map_structure(lambda k: leaves[k], self.structure)
-
-
-def _keys(x: Any) -> list[Any]:
-    """The keys of a dict in the order of its leaves; none of anything else."""
-    return tree.flatten({k: k for k in x}) if isinstance(x, dict) else []
 
 
 # --------------------------------------------------------- the last activation

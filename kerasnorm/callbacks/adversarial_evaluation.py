@@ -24,6 +24,8 @@ from kerasnorm.adversarial.evaluation import Evaluation
 from kerasnorm.adversarial.reading import pieces, read_settings
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.errors import KerasNormError, count
+from kerasnorm.programs import innermost
+from kerasnorm.swap.data import spaced
 
 
 class AdversarialEvaluation(keras.callbacks.Callback):
@@ -165,10 +167,10 @@ class AdversarialEvaluation(keras.callbacks.Callback):
     def _begin(self) -> None:
         """Mistakes show now, not after the first epoch."""
         model = self._victim()
-        if self.ema and not getattr(_inner(model.optimizer), "use_ema", False):
+        if self.ema and not getattr(innermost(model.optimizer), "use_ema", False):
             raise KerasNormError(
                 "the optimizer keeps no average of the weights",
-                got=type(_inner(model.optimizer)).__name__,
+                got=type(innermost(model.optimizer)).__name__,
                 fix="Give it use_ema=True",
             )
         if model.built:
@@ -241,7 +243,7 @@ class AdversarialEvaluation(keras.callbacks.Callback):
     def _averages(self) -> list[tuple[Any, Any]]:
         if not self.ema:
             return []
-        optimizer = _inner(self.model.optimizer)
+        optimizer = innermost(self.model.optimizer)
         averages = optimizer._model_variables_moving_average
         return list(zip(optimizer._trainable_variables, averages, strict=True))
 
@@ -266,13 +268,6 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         return training(entries, list(dict.fromkeys(names)), path)
 
 
-def _inner(optimizer: Any) -> Any:
-    """The optimizer itself, where loss scaling and others are wrapped around it."""
-    while getattr(optimizer, "inner_optimizer", None) is not None:
-        optimizer = optimizer.inner_optimizer
-    return optimizer
-
-
 def weight_norm(model: Any) -> float:
     """The l2 norm of all kernels of a model together: trainable, two axes or more."""
     squares = [
@@ -294,9 +289,7 @@ def _few(x: Any, y: Any, samples: int | None) -> tuple[Any, np.ndarray]:
         rows: Any = slice(samples)
     else:
         x, y = _arrays(x), np.atleast_1d(np.asarray(y))
-        rows = slice(None)
-        if samples is not None and len(y) > samples:
-            rows = np.linspace(0, len(y) - 1, samples).astype(int)
+        rows = spaced(y.shape[0], samples)
     arrays = [*tree.flatten(x), y]
     if len({a.shape[:1] for a in arrays}) > 1:
         raise KerasNormError(

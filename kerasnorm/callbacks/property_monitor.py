@@ -85,9 +85,11 @@ class PropertyMonitor(keras.callbacks.Callback):
         **settings: Any,
     ):
         super().__init__()
-        counts = {"every": every, "every_steps": every_steps}
-        counts["batch_size"] = settings.get("batch_size")
-        for name, value in counts.items():
+        for name, value in (
+            ("every", every),
+            ("every_steps", every_steps),
+            ("batch_size", settings.get("batch_size")),
+        ):
             if value is not None:
                 count(name, value)
         unknown = [name for name in layers if name not in Site.figures()]
@@ -206,9 +208,8 @@ def figures(m: Measurement) -> dict[str, float]:
         if len(all_of(name)):
             values[name] = float(np.median(all_of(name)))
             values[f"{name}_max"] = float(all_of(name).max())
-    dead = [s.dead for s in m.sites if s.kind == "linear" and s.depth > 1]
-    if known := [v for v in dead if v is not None]:  # the first layer reads the data
-        values["dead"] = max(known)
+    if (worst := m.most_dead) is not None:
+        values["dead"] = float(worst.dead or 0.0)
     if len(all_of("statistics_distance")):
         values["statistics_distance"] = float(all_of("statistics_distance").max())
     last = [s.dependence for s in m.sites if s.kind == "output"]

@@ -13,9 +13,10 @@ import numpy as np
 
 from kerasnorm import method as registry
 from kerasnorm.errors import KerasNormError, count
+from kerasnorm.programs import innermost
 from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
-from kerasnorm.properties.confirm import Training, innermost, train
+from kerasnorm.properties.confirm import Training, train
 from kerasnorm.properties.loss import objective
 from kerasnorm.properties.measure import checked, measure
 from kerasnorm.properties.measurement import Measurement, aligned, number

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerasnorm.programs import innermost
 from kerasnorm.properties.loss import in_order
 from kerasnorm.swap import data as reading
 from rewriters.edit import edit
@@ -88,13 +89,6 @@ def train(
     losses += [float("nan")] * (steps - len(losses))
     final = float("inf") if diverged else float(np.mean(tail))
     return Training(tuple(losses), final)
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer that makes the steps, within those that wrap it."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def _fresh(optimizer: Any, learning_rate: float) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm.errors import KerasNormError
+from kerasnorm.swap.data import keys_of
 
 
 Tensor = Any
@@ -27,8 +28,7 @@ def in_order(model: Any, values: Any) -> list[Any]:
     outputs = getattr(model, "_outputs_struct", None)  # None where there is no graph
     if outputs is None or not isinstance(values, Mapping):
         return tree.flatten(values)
-    by_key = isinstance(outputs, Mapping)
-    names = tree.flatten({k: k for k in outputs}) if by_key else model.output_names
+    names = keys_of(outputs) or model.output_names
     if not set(values) <= set(names):
         raise KerasNormError(
             "unknown outputs",

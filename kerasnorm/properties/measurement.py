@@ -146,6 +146,14 @@ class Measurement(Result):
         return values[1:] if len(values) > 2 else values
 
     @property
+    def most_dead(self) -> Site | None:
+        """The linear layer that reads most dead units, but for the first, which reads
+        the data; None where none is known."""
+        behind = [s for s in self.sites if s.kind == "linear" and s.depth > 1]
+        known = [s for s in behind if s.dead is not None]
+        return max(known, key=lambda s: s.dead or 0.0, default=None)
+
+    @property
     def forward(self) -> Growth:
         """How the activation variance goes with depth."""
         return growth(self.hidden("variance"))
@@ -188,9 +196,8 @@ class Measurement(Result):
             f"Backward: gradient norm times {backward.factor:.3g} a layer on its way"
             f" back ({backward.kind}), {backward.total:.3g} in all"
         )
-        dead = [s for s in self.sites if s.dead and s.kind == "linear" and s.depth > 1]
-        if dead:
-            worst = max(dead, key=lambda s: s.dead or 0)
+        worst = self.most_dead
+        if worst is not None and worst.dead:
             lines.append(f"Dead units: up to {worst.dead:.0%}, before {worst.path}")
         output = next((s for s in self.sites if s.kind == "output"), None)
         if output is not None and output.dependence is not None:

@@ -19,6 +19,7 @@ from kerasnorm.swap.report import Report
 from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
 from rewriters.edit import Edited, custom_objects_of, edit
 from rewriters.graph import Site, SiteMap
+from rewriters.saving import check_target, save
 
 
 FITS = ("affine", "refit", "distill")
@@ -131,9 +132,7 @@ def rewrite(
         else None,
     )
     if out is not None:
-        from rewriters.saving import save
-
-        save(edited.model, out, inputs=() if source is None else (source,))
+        save(edited.model, out, inputs=(source,))
     return (edited.model, report) if return_report else edited.model
 
 
@@ -348,6 +347,4 @@ def _check(
             fix="Pass `data`, or leave them away.",
         )
     if out is not None:
-        from rewriters.saving import check_target
-
         check_target(out, inputs=(source,))

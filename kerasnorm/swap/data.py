@@ -171,11 +171,16 @@ def split(arrays: Arrays, batch_size: int) -> list[Arrays]:
 
 
 def _spread(arrays: Arrays, samples: int | None) -> Arrays:
-    n = len(arrays[0])
+    rows = spaced(len(arrays[0]), samples)
+    return arrays if isinstance(rows, slice) else [a[rows] for a in arrays]
+
+
+def spaced(n: int, samples: int | None) -> Any:
+    """Which of `n` rows are taken where at most so many are wanted: evenly spaced ones,
+    or all, as a slice."""
     if samples is None or n <= samples:
-        return arrays
-    rows = np.linspace(0, n - 1, samples).astype(int)
-    return [a[rows] for a in arrays]
+        return slice(None)
+    return np.linspace(0, n - 1, samples).astype(int)
 
 
 # ------------------------------------------------------------------ reading
@@ -184,8 +189,8 @@ def _spread(arrays: Arrays, samples: int | None) -> Arrays:
 def batches_of(data: Any) -> Iterator[Any] | None:
     """The batches of a source that comes in batches; None for plain arrays."""
     if isinstance(data, keras.utils.PyDataset):
-        batches = data.num_batches
-        return map(data.__getitem__, range(batches) if batches else itertools.count())
+        n = data.num_batches
+        return map(data.__getitem__, itertools.count() if n is None else range(n))
     if _is_array(data) or isinstance(data, (list, tuple, Mapping)):
         return None
     if isinstance(data, Iterable):
@@ -248,7 +253,7 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
     wanted = getattr(model, "_inputs_struct", None)  # None where there is no graph
     names = _names(model)
     if isinstance(x, Mapping):
-        order = _keys(wanted, names) or sorted(x)
+        order = keys_of(wanted) or names or sorted(x)
         missing = [k for k in order if k not in x]
         if missing:
             raise KerasNormError(
@@ -295,11 +300,11 @@ def _array(values: Any) -> np.ndarray:
         ) from None
 
 
-def _keys(structure: Any, names: list[str]) -> list[Any]:
-    """The keys under which a dict holds the inputs, in the order of the inputs."""
+def keys_of(structure: Any) -> list[Any]:
+    """The keys of a dict in the order of its leaves; none of anything else."""
     if isinstance(structure, Mapping):
         return tree.flatten({k: k for k in structure})
-    return names
+    return []
 
 
 def _count(model: Any) -> int:
@@ -317,11 +322,16 @@ def _names(model: Any, count: int = 0) -> list[str]:
 # ----------------------------------------------------------------- checking
 
 
+def fits(wanted: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an input of the wanted shape takes one of this, whatever the batch."""
+    pairs = zip(wanted[1:], shape[1:], strict=False)
+    return len(wanted) == len(shape) and all(w in (None, g) for w, g in pairs)
+
+
 def _check_shapes(model: Any, arrays: Arrays) -> None:
     for t, a in zip(getattr(model, "inputs", None) or [], arrays, strict=False):
         wanted = tuple(t.shape)
-        pairs = zip(wanted[1:], a.shape[1:], strict=False)
-        if len(wanted) != a.ndim or any(w not in (None, g) for w, g in pairs):
+        if not fits(wanted, a.shape):
             raise KerasNormError(
                 f"the data does not fit input {t.name!r}",
                 got=f"shape {a.shape}",

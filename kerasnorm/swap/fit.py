@@ -200,7 +200,7 @@ def check_options(options: Any) -> None:
         )
     given = {**known, **options}
     for name in ("samples", "batch_size", "epochs"):
-        if given[name] is not None or name != "samples":
+        if (name, given[name]) != ("samples", None):
             count(name, given[name])
     for name in ("learning_rate", "memory"):
         value = given[name]

@@ -254,13 +254,14 @@ class Walk:
         target = self.sampler.rows(y, axes, masks)
         if not len(target):
             return None
-        first = FEW if masks[0] is None else None
-        if not p.fit(target.shape[1]) or not p.last(lambda: forward(0, first), axes):
-            note = f"not fitted: gamma and beta, {p.shape}, are not its last step"
-            self.sites[path] = SiteFit(path, note=note)
-            return None
-        pool = self.pools.setdefault(id(layer), Pool(layer, p.values(target.shape[1])))
-        if not pool.rows:
+        pool = self.pools.get(id(layer))
+        if pool is None:
+            few = FEW if masks[0] is None else None
+            if not p.fit(target.shape[1]) or not p.last(lambda: forward(0, few), axes):
+                note = f"not fitted: gamma and beta, {p.shape}, are not its last step"
+                self.sites[path] = SiteFit(path, note=note)
+                return None
+            pool = self.pools[id(layer)] = Pool(layer, p.values(target.shape[1]))
             self._running_statistics(layer, x, masks)
         with p.neutral():
             if self.groups == "auto" and not pool.rows:

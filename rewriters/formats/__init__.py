@@ -26,7 +26,14 @@ from rewriters.formats import (
     vocabulary,
     weights,
 )
-from rewriters.formats.build import build, deferred, discard, initialize, set_trainable
+from rewriters.formats.build import (
+    build,
+    deferred,
+    discard,
+    initialize,
+    makes_variables_of_values,
+    set_trainable,
+)
 from rewriters.formats.foreign import Conversion as Conversion
 from rewriters.formats.foreign import alias as alias
 from rewriters.formats.modernize import modernize
@@ -117,7 +124,7 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
                 pairs = weights.match(model, spec, saved)
             initialize(weights.values(pairs))
         except ValueError as e:
-            if "in a stateless scope" not in str(e):
+            if not makes_variables_of_values(e):
                 raise
             # Stateful recurrent layers, and custom ones that make variables of
             # values, are built at once.

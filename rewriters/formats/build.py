@@ -40,6 +40,11 @@ def deferred() -> Iterator[None]:
         raise
 
 
+def makes_variables_of_values(error: Exception) -> bool:
+    """Whether a layer, such as a stateful recurrent one, could not be `deferred`."""
+    return "in a stateless scope" in str(error)
+
+
 def discard() -> None:
     """Forgets every variable that still waits for a value."""
     global_state.set_global_attribute(_PENDING, [])

@@ -17,7 +17,7 @@ from keras.src.utils.dtype_utils import dtype_size
 
 from rewriters.errors import RewriteError
 from rewriters.formats import hdf5
-from rewriters.formats.build import deferred, discard
+from rewriters.formats.build import deferred, discard, makes_variables_of_values
 from rewriters.formats.modernize import check_names, problems
 from rewriters.formats.saved import Saved
 
@@ -147,9 +147,9 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
                 raise RewriteError("The archive holds no model", got=type(model))
             declared = sum(_bytes(v) for v in model.weights)
     except Exception as e:
-        if "in a stateless scope" not in str(e):
+        if not makes_variables_of_values(e):
             raise
-        return  # a stateful layer makes variables of values: Keras will check
+        return  # Keras will check
     finally:
         discard()
     if declared > stored + (1 << 20):

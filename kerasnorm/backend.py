@@ -126,14 +126,16 @@ def compiled(f: Callable, jit: bool = True, shape: Sequence | None = None) -> Ca
             return f(x)
 
         if shape is None:
-            return tf.function(once, jit_compile=jit)
+            return tf.function(once, jit_compile=jit, autograph=False)
         made: dict[Any, Callable] = {}
 
         def call(x):
             x = tf.convert_to_tensor(x)
             if x.dtype not in made:
                 spec = tf.TensorSpec(shape, x.dtype)
-                made[x.dtype] = tf.function(once, [spec], jit_compile=jit)
+                made[x.dtype] = tf.function(
+                    once, [spec], jit_compile=jit, autograph=False
+                )
             return made[x.dtype](x)
 
         return call

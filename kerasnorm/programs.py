@@ -98,7 +98,7 @@ def watched_gradients(
             found = [tf.convert_to_tensor(g) for g in found]
             return more, found[: len(tensors)], found[len(tensors) :]
 
-        run = tf.function(both, jit_compile=True) if jit else both
+        run = tf.function(both, jit_compile=True, autograph=False) if jit else both
 
         def on_tensors(tensors, constants):
             return run(
@@ -190,8 +190,13 @@ class Compiled:
         if key in self._compiled:
             return self._compiled[key](*args)
         signature = tf.nest.pack_sequence_as(args, specs)
+        # Rewriting the source of all that is called takes longer than tracing it, and
+        # Keras's trainers do without as well.
         made = tf.function(
-            self._on_reads, input_signature=signature, jit_compile=self.jit
+            self._on_reads,
+            input_signature=signature,
+            jit_compile=self.jit,
+            autograph=False,
         )
         # It counts traces by place in the source, and every program is made here.
         made._omit_frequent_tracing_warning = True

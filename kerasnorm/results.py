@@ -63,6 +63,7 @@ class Result:
 
         Raises:
             KerasNormError: the ending names no form; nothing is written.
+            RewriteError: there is no such folder, or the path is one.
         """
         forms = self._forms()
         form = forms.get(Path(path).suffix.lower())

@@ -60,7 +60,12 @@ def save(
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A file to write in place of `path`, which takes that name when it is complete
-    and on the disk; where writing it fails, `path` stays as it was."""
+    and on the disk; where writing it fails, `path` stays as it was.
+
+    Raises:
+        RewriteError: there is no such folder, or `path` is one.
+    """
+    _check_place(path)
     target = pathlib.Path(path).resolve()  # a link stays, what it points to is replaced
     folder = tempfile.TemporaryDirectory(
         prefix=".saving_", dir=target.parent, ignore_cleanup_errors=True
@@ -93,14 +98,7 @@ def check_target(
             got=repr(str(target)),
             expected=f"a name that ends in {', '.join(SUFFIXES)}",
         )
-    if not target.resolve().parent.is_dir():
-        raise RewriteError(
-            "There is no such folder",
-            got=repr(str(target.parent)),
-            fix="Make it first",
-        )
-    if target.is_dir():
-        raise RewriteError("The target is a folder", got=repr(str(target)))
+    _check_place(target)
     for source in inputs:
         if isinstance(source, (str, os.PathLike)) and _same(target, source):
             raise RewriteError(
@@ -115,6 +113,18 @@ def check_target(
             got=repr(str(target)),
             fix="Give another name, or pass overwrite=True",
         )
+
+
+def _check_place(path: str | os.PathLike[str]) -> None:
+    target = pathlib.Path(path)
+    if not target.resolve().parent.is_dir():
+        raise RewriteError(
+            "There is no such folder",
+            got=repr(str(target.parent)),
+            fix="Make it first",
+        )
+    if target.is_dir():
+        raise RewriteError("The target is a folder", got=repr(str(target)))
 
 
 def _same(target: pathlib.Path, source: str | os.PathLike[str]) -> bool:

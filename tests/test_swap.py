@@ -248,6 +248,8 @@ def test_report_in_all_its_forms(tmp_path):
     for name in ("report.json", "report.md", "report.png"):
         report.save(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 100
+        with pytest.raises(rewriters.RewriteError, match="no such folder"):
+            report.save(tmp_path / "absent" / name)
 
 
 def test_the_compiled_state_survives():

@@ -14,7 +14,7 @@ from keras import layers
 import kerasnorm
 from kerasnorm.errors import KerasNormError
 from kerasnorm.swap import data as reading
-from kerasnorm.swap import solve
+from kerasnorm.swap import linear, solve
 from kerasnorm.swap.distill import Pupil, kind
 from kerasnorm.swap.fit import fit
 
@@ -826,3 +826,23 @@ def test_statistics_of_several_steps_begin_with_those_of_all(method, rng):
         model, method, data=rng.normal(3, 1, (32, 7, 4)), fit="affine", verbose=False
     )
     assert np.any(keras.ops.convert_to_numpy(new.get_layer("ln").moving_mean))
+
+
+def test_convolutions_with_channels_first_are_the_same_problem(rng):
+    """By its numbers alone: TensorFlow runs such convolutions on a GPU only."""
+    last, first = (
+        layers.Conv2D(5, 3, 2, "same", data_format=f"channels_{where}")
+        for where in ("last", "first")
+    )
+    x = rng.normal(size=(2, 7, 8, 4)).astype("float32")
+    y = keras.ops.convert_to_numpy(last(x))
+    first.build((None, 4, 7, 8))
+    first.set_weights(last.get_weights())
+    problem = linear.problem(first)
+    given, wanted = (problem.channels_last(np.moveaxis(v, -1, 1)) for v in (x, y))
+    picked = np.array([[0, 5, 9], [3, 3, 15]])
+    rows = problem.rows(given, wanted.shape, picked)
+    targets = problem.targets(first, given, wanted, picked)
+    np.testing.assert_allclose(problem.forward(rows), targets, rtol=1e-4, atol=1e-5)
+    expected = np.take_along_axis(y.reshape(2, -1, 5), picked[..., None], 1)
+    np.testing.assert_array_equal(targets, expected.reshape(-1, 5))

@@ -23,14 +23,15 @@ def problem(layer: Any) -> Linear | None:
         return None
     if getattr(layer, "groups", 1) != 1:
         return None
-    if getattr(layer, "data_format", None) == "channels_first":
-        return None
     found = Linear(layer)
     return found if found.columns <= MAX_COLUMNS else None
 
 
 class Linear:
-    """A dense layer or convolution, outputs as a matrix product of patches."""
+    """A dense layer or convolution, outputs as a matrix product of patches.
+
+    Inputs and outputs have their channels last, where `channels_last` puts them.
+    """
 
     def __init__(self, layer: Any):
         self.layer = layer
@@ -38,20 +39,24 @@ class Linear:
         self.shape = tuple(layer.kernel.shape)
         self.columns = int(np.prod(self.shape[:-1]))
 
-    def rows(self, x: Any, shape: tuple[int, ...], picked: Array) -> Array:
+    def channels_last(self, value: Any) -> Array:
+        """An input or output of the layer."""
+        value = numpy_of(value)
+        first = self.conv and self.layer.data_format == "channels_first"
+        return np.moveaxis(value, 1, -1) if first else value
+
+    def rows(self, x: Array, shape: tuple[int, ...], picked: Array) -> Array:
         """What the kernel is multiplied with, (rows, columns), at picked positions
         of an output of this shape."""
-        x = numpy_of(x)
         if self.conv:
             return self._patches(x, picked, tuple(shape[1:-1]))
         x = x.reshape(len(x), -1, x.shape[-1])
         return np.take_along_axis(x, picked[..., None], 1).reshape(-1, x.shape[-1])
 
-    def targets(self, old: Any, x: Any, y: Any, picked: Array) -> Array:
+    def targets(self, old: Any, x: Array, y: Array, picked: Array) -> Array:
         """The old layer's outputs before its activation, (rows, outputs)."""
         if old.activation is not keras.activations.linear:
             return Linear(old).forward(self.rows(x, y.shape, picked))
-        y = numpy_of(y)
         y = y.reshape(len(y), -1, y.shape[-1])
         return np.take_along_axis(y, picked[..., None], 1).reshape(-1, y.shape[-1])
 

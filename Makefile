@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test test-jax slow bench lint format types docs check-docs wheel clean
+.PHONY: help demo test test-ci test-jax slow bench lint format types docs check-docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,12 +34,15 @@ demo: $(READY)  ## train, rewrite with every fit, print what was kept
 test: $(READY)  ## the tests, on TensorFlow
 	$(PYTEST)
 
+test-ci: $(READY)  ## those of many seconds each, which CI runs as well
+	$(PYTEST) -m "ci and not slow"
+
 # Compiling every operation of every shape makes JAX slow to test; these are what
 # differs between backends. `make test-jax JAX_TESTS=tests` runs everything.
 JAX_TESTS ?= $(addprefix tests/test_, rewriters.py methods.py formats.py accelerators.py)
 
 test-jax: $(READY)  ## the tests that depend on the backend, on JAX
-	KERAS_BACKEND=jax $(PYTEST) $(JAX_TESTS)
+	KERAS_BACKEND=jax $(PYTEST) -m "not slow" $(JAX_TESTS)
 
 slow: $(READY)  ## the tests marked slow
 	$(PYTEST) -m slow

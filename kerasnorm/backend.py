@@ -125,17 +125,15 @@ def compiled(f: Callable, jit: bool = True, shape: Sequence | None = None) -> Ca
         def once(x):
             return f(x)
 
+        program = functools.partial(tf.function, once, jit_compile=jit, autograph=False)
         if shape is None:
-            return tf.function(once, jit_compile=jit, autograph=False)
+            return program()
         made: dict[Any, Callable] = {}
 
         def call(x):
             x = tf.convert_to_tensor(x)
             if x.dtype not in made:
-                spec = tf.TensorSpec(shape, x.dtype)
-                made[x.dtype] = tf.function(
-                    once, [spec], jit_compile=jit, autograph=False
-                )
+                made[x.dtype] = program([tf.TensorSpec(shape, x.dtype)])
             return made[x.dtype](x)
 
         return call

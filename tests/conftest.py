@@ -44,17 +44,35 @@ TOLERANCES = {
 MAIN_METHODS = ("bn", "frn", "gn", "in", "ln", "none", "rms", "wn")
 
 
-def in_turn(names, default=None):
+# Published models that take longer than all others together.
+LARGE = ("fast_srgan_v2", "mltk_kws_mobilenetv2")
+
+
+def large(name: str) -> bool:
+    """Whether a model's name, or the path of its file, names one of these."""
+    return any(part in name for part in LARGE)
+
+
+def mostly_ci(values, always=()):
+    """Values of a parameter, all but `always` in CI alone."""
+    return [
+        pytest.param(v, marks=() if v in always else pytest.mark.ci) for v in values
+    ]
+
+
+def in_turn(names, default=None, ci=large):
     """`(name, methods)` of tests that rewrite many large models.
 
-    By default one of the methods that promise to be exact and one of the others, which
-    take turns; on the names in `default` alone, where it is given. All with `-m slow`.
+    One of the methods that promise to be exact and one of the others, which take turns;
+    on the names in `default` alone, where it is given, and in CI alone where `ci` says
+    so. All with `-m slow`.
     """
     exact = ("none", "wn")
     rest = [m for m in MAIN_METHODS if m not in exact]
     for k, name in enumerate(names if default is None else default):
         two = exact[k % len(exact)], rest[k % len(rest)]
-        yield pytest.param(name, two, id=name)
+        marks = pytest.mark.ci if ci(name) else ()
+        yield pytest.param(name, two, id=name, marks=marks)
     for name in names:
         slow = pytest.mark.slow
         yield pytest.param(name, MAIN_METHODS, id=f"{name}-all", marks=slow)

@@ -8,6 +8,7 @@ import adversarial_models as zoo
 import keras
 import numpy as np
 import pytest
+from conftest import mostly_ci
 from keras import ops
 
 from kerasnorm import adversarial, weights
@@ -59,7 +60,7 @@ def test_linear_model_gives_the_exact_answer(norm, line):
     assert not found.warnings
 
 
-@pytest.mark.parametrize("norm", zoo.NORMS)
+@pytest.mark.parametrize("norm", mostly_ci(zoo.NORMS, ["linf"]))
 def test_two_classes_are_solved_by_every_gradient_attack(norm):
     """With two classes the loss grows with the margin: there is one direction."""
     model, w, b = zoo.linear(classes=2)
@@ -79,6 +80,7 @@ def test_two_classes_are_solved_by_every_gradient_attack(norm):
         assert found.robust_accuracy <= exact + most, attack.name
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("norm", zoo.NORMS)
 def test_no_attack_breaks_what_cannot_be_broken(norm, line):
     """The exact answer is a floor under all of them, and all but noise do something."""
@@ -108,6 +110,7 @@ def test_minimal_attacks_find_the_distance(norm, line):
         assert share == pytest.approx(low, abs=0.05), (low, high)
 
 
+@pytest.mark.ci
 def test_carlini_wagner_comes_near_the_exact_distance(line):
     model, _w, _b, x, y = line
     attack = adversarial.carlini_wagner(150, searches=6, rate=0.05, c=1.0)
@@ -170,7 +173,7 @@ def test_one_sure_unit_has_a_gradient(z):
 # ------------------------------------------------------ trained networks
 
 
-@pytest.mark.parametrize("norm", zoo.NORMS)
+@pytest.mark.parametrize("norm", mostly_ci(zoo.NORMS, ["linf"]))
 def test_examples_are_in_the_ball_and_wrong(norm, trained):
     model, x, y = trained
     eps = {"linf": 0.1, "l2": 1.0, "l1": 6.0}[norm]
@@ -198,6 +201,7 @@ def test_stronger_attacks_are_stronger(trained):
     assert {r.tried for r in found.attacks} == {int((found.predicted == y).sum())}
 
 
+@pytest.mark.ci
 def test_several_radii_in_one_pass(trained):
     model, x, y = trained
     attacks = [adversarial.pgd(steps=10), adversarial.apgd("dlr-t", steps=20)]
@@ -265,7 +269,7 @@ def test_the_seed_decides(trained):
     assert (one.adversarial != other.adversarial).any()
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", mostly_ci([False, True], [False]))
 def test_xla_gives_the_same_answer(jit, line):
     model, w, b, x, y = line
     eps = zoo.radius("linf", w, b, x, y)
@@ -514,6 +518,7 @@ def codes(found):
     return {w.code for w in found.warnings}
 
 
+@pytest.mark.ci
 def test_zero_gradients_and_masking_are_flagged(trained):
     """Rounded inputs: no gradient, though the model is as weak as before."""
     model, x, y = trained

@@ -12,7 +12,7 @@ import adversarial_models as zoo
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, mostly_ci
 from keras import ops
 
 from kerasnorm import adversarial, sphere
@@ -99,7 +99,7 @@ FITS = {
 }
 
 
-@pytest.mark.parametrize("kind", FITS)
+@pytest.mark.parametrize("kind", mostly_ci(FITS, ["plain"]))
 def test_training_is_the_same_to_the_last_bit(kind, data):
     made = dict(FITS[kind])
     optimizer = made.pop("optimizer", lambda: None)
@@ -397,6 +397,7 @@ print("done", watch.history[-1]["val_pgd_accuracy"])
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's own")
 def test_mirrored_strategy():
     """In a process of its own, where devices can still be split."""
@@ -414,6 +415,7 @@ def test_mirrored_strategy():
 # ------------------------------------------------------ adversarial training
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("norm", "method"),
     [

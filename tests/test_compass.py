@@ -285,6 +285,7 @@ def test_a_model_without_normalization(images):
     assert "does not apply" in by_method["batch"].sentence
 
 
+@pytest.mark.ci
 def test_all_methods_of_the_paper(found):
     assert {c.method for c in found.candidates} == set(STUDIED)
     assert found.best is not None and found.best is found.candidates[0]
@@ -296,6 +297,7 @@ def test_all_methods_of_the_paper(found):
         assert c.sentence and c.name in str(found)
 
 
+@pytest.mark.ci
 def test_confirmation_trains_what_is_left(found):
     for c in found.candidates:
         if c.ruled_out:
@@ -438,6 +440,7 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+@pytest.mark.ci
 def test_html_report(found, tmp_path):
     pytest.importorskip("matplotlib")
     found.save(tmp_path / "report.html")
@@ -480,6 +483,7 @@ def browser():
     return str(shells[0]) if shells else None
 
 
+@pytest.mark.ci
 def test_html_in_a_real_browser(found, tmp_path):
     """The page is laid out, its images decoded, nothing fetched."""
     pytest.importorskip("matplotlib")
@@ -516,6 +520,7 @@ def test_html_in_a_real_browser(found, tmp_path):
     assert "<title>loaded 3 3 true 0</title>" in run.stdout
 
 
+@pytest.mark.ci
 def test_other_reports(found, tmp_path):
     pytest.importorskip("matplotlib")
     for ending in ("json", "md", "png"):

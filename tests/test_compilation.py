@@ -105,6 +105,7 @@ def test_auto_follows_the_device_and_the_model(monkeypatch, accelerated):
     assert not compilation.compiles(dense())
 
 
+@pytest.mark.ci
 @tensorflow_only
 def test_recurrent_layers_compile_without_their_kernel(rng, accelerated):
     model = recurrent()
@@ -213,7 +214,11 @@ def test_batches_of_a_fit_are_of_one_size(rng):
 
 
 @pytest.mark.parametrize(
-    ("mode", "make"), [(False, dense), (True, around_a_recurrent_layer)]
+    ("mode", "make"),
+    [
+        (False, dense),
+        pytest.param(True, around_a_recurrent_layer, marks=pytest.mark.ci),
+    ],
 )
 def test_a_fit_compiles_as_chosen(rng, mode, make, monkeypatch):
     seen = []

@@ -21,6 +21,7 @@ import pytest
 from kerasnorm.method import methods
 
 
+pytestmark = pytest.mark.ci
 HERE = pathlib.Path(__file__).resolve().parent
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 # Within the normal tests JAX has its turn here; within those on JAX, TensorFlow has had

@@ -483,6 +483,7 @@ def test_kinds_of_output_are_told_apart_by_their_values(rng):
     assert kind(e / e.sum(1, keepdims=True)) == "softmax"
 
 
+@pytest.mark.ci
 def test_distill_of_several_outputs_is_reproducible(rng):
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, name="conv")(inputs)

@@ -7,7 +7,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import SHARED
+from conftest import SHARED, large
 from keras import layers, ops
 
 import kerasnorm.compat  # noqa: F401 (registers converters)
@@ -29,9 +29,11 @@ pytestmark = [
 
 
 def sometimes(name, always):
-    """A test case that JAX, which compiles each operation and shape, runs when slow."""
-    slow = keras.backend.backend() == "jax" and not always
-    return pytest.param(*name, marks=pytest.mark.slow if slow else ())
+    """A test case that runs in CI alone where the model is large; one that JAX, which
+    compiles each operation and shape, runs when slow."""
+    if keras.backend.backend() == "jax" and not always:
+        return pytest.param(*name, marks=pytest.mark.slow)
+    return pytest.param(*name, marks=pytest.mark.ci if large(name[0]) else ())
 
 
 def outputs(model, inputs):

@@ -330,7 +330,8 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.ci
+@pytest.mark.parametrize("seed", [0, 1])
 def test_damaged_files_give_one_error(tmp_path, seed):
     count = COUNT // 2
     run = subprocess.run(

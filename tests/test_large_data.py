@@ -248,6 +248,7 @@ def test_memory_of_a_long_reading():
     assert peak < 25e6
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_benchmark_of_memory():
     """A small part of it; with 100 000 images it took 1.1 GB above the models."""

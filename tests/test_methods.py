@@ -36,8 +36,13 @@ def generated():
         rest += tuple(f"case{n}-compiles" for n in range((count + 1) // 2, count))
         # What a method claims of its formula is judged on the other backend.
         rest += ("claim-",) if JAX and not is_main(method) else ()
+        long = () if is_main(method) else ("case0-compiles",)
         for check in testing.checks(method):
-            marks = pytest.mark.slow if rest and check.name.startswith(rest) else ()
+            marks = ()
+            if check.name.startswith(rest):
+                marks = pytest.mark.slow
+            elif check.name.startswith(long):
+                marks = pytest.mark.ci
             yield pytest.param(check.run, id=f"{method.name}-{check.name}", marks=marks)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from conftest import require_shared
+from conftest import mostly_ci, require_shared
 from keras import ops
 
 import kerasnorm
@@ -142,7 +142,7 @@ def test_zero_dropout_rates_and_masks(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("sequence", [None, *SEQUENCE])
+@pytest.mark.parametrize("sequence", mostly_ci([None, *SEQUENCE], [None]))
 def test_loops_agree(kind, sequence):
     """Unrolled or not, whole sequence or last output, plain graph and XLA."""
     arguments = SEQUENCE.get(sequence, {})
@@ -186,7 +186,7 @@ def test_loops_agree(kind, sequence):
 
 
 @EAGERLY
-@pytest.mark.parametrize("sequence", [None, *SEQUENCE])
+@pytest.mark.parametrize("sequence", mostly_ci([None, *SEQUENCE], [None]))
 def test_backwards_bidirectional_stateful_and_saving(sequence, eagerly, tmp_path):
     arguments = SEQUENCE.get(sequence, {})
     layer = made("lstm", **arguments, go_backwards=True)
@@ -306,6 +306,7 @@ def test_addons_cells_are_these():
         assert {LSTMCell, recurrent.SimpleRNNCell} <= cells
 
 
+@pytest.mark.ci
 @EAGERLY
 @pytest.mark.parametrize("norm", ["ln", "streaming"])
 def test_cells_of_a_trained_model_are_normalized(norm, eagerly, tmp_path):

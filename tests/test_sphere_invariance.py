@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from conftest import large
 from keras import layers, ops
 from test_architectures import ALL, SMALL, make
 from test_published import files
@@ -55,7 +56,12 @@ def test_zoo(name):
     "name",
     [
         pytest.param(
-            n, marks=pytest.mark.slow if JAX and not n.startswith("k215_") else ()
+            n,
+            marks=pytest.mark.slow
+            if JAX and not n.startswith("k215_")
+            else pytest.mark.ci
+            if large(n)
+            else (),
         )
         for n in sorted(files()) or ["none"]
     ],
@@ -71,7 +77,10 @@ def test_published(name, shared):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in SMALL[-4:] else pytest.mark.slow) for n in ALL],
+    [
+        pytest.param(n, marks=pytest.mark.ci if n in SMALL[-4:] else pytest.mark.slow)
+        for n in ALL
+    ],
 )
 def test_applications(name):
     model = make(name)

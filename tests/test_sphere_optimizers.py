@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from conftest import mostly_ci
 from keras import layers, ops
 from zoo import ZOO, images
 
@@ -112,15 +113,19 @@ def jump(optimizer, variables, steps, seed=0):
         return
     import tensorflow as tf
 
+    @tf.autograph.experimental.do_not_convert
+    def step():
+        optimizer.apply(gradients(), variables)
+
     @tf.function
     def run():
         for _ in tf.range(steps):
-            optimizer.apply(gradients(), variables)
+            step()
 
     run()
 
 
-@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("name", mostly_ci(WRAPPED, ["sgd", "adam", "muon"]))
 def test_no_drift_in_a_thousand_steps(name):
     model = network()
     optimizer = OnSphere(WRAPPED[name](), model)
@@ -355,7 +360,7 @@ def test_projected_steps_have_no_radial_part(make, rng):
     assert again.decay_ratio == 0.2
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", mostly_ci([False, True], [False]))
 @pytest.mark.parametrize("kind", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_training(kind, jit, rng):
     x, y = data(rng, 64)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import zoo
-from conftest import require_shared
+from conftest import mostly_ci, require_shared
 from keras import layers, ops
 from test_architectures import ALL, make
 from test_published import files
@@ -34,7 +34,7 @@ def spheres(model):
     return [m for m in model._flatten_layers() if isinstance(m, SphereNormalization)]
 
 
-@pytest.mark.parametrize("radius", ["own", "learned", 1.0])
+@pytest.mark.parametrize("radius", mostly_ci(["own", "learned", 1.0], ["own"]))
 @pytest.mark.parametrize("name", [n for n in ZOO if n not in ("masked",)])
 def test_zoo(name, radius, tmp_path):
     model = ZOO[name]()

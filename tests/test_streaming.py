@@ -5,6 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from conftest import mostly_ci
 from keras import ops
 
 from kerasnorm import backend, recurrent
@@ -270,7 +271,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", mostly_ci([False, True], [False]))
 def test_fit_streams_as_simulated(optimizer, jit):
     """The statistics that `fit` leaves behind, with weights that move."""
     rng = np.random.default_rng(4)
@@ -343,6 +344,7 @@ def test_training_resumes_exactly(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.ci
 def test_batch_size_one_learns_where_batch_normalization_cannot():
     """Online learning: a vector at a time has no statistics of its own."""
     rng = np.random.default_rng(7)

@@ -33,7 +33,11 @@ PAIRS = [
     pytest.param(
         animal,
         method,
-        marks=() if method in MAIN or animal in FEW else pytest.mark.slow,
+        marks=()
+        if method in MAIN
+        else pytest.mark.ci
+        if animal in FEW
+        else pytest.mark.slow,
     )
     for animal in sorted(zoo.ZOO)
     for method in METHODS

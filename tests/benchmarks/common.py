@@ -100,10 +100,12 @@ def resnet(depth=14, widths=(16, 32, 64), classes=10, shape=(32, 32, 3)):
 
 
 class Augmented(keras.utils.PyDataset):
-    """Batches flipped and shifted by up to 4 pixels, reshuffled each epoch."""
+    """Batches shifted by up to 4 pixels and, half of the images, mirrored; reshuffled
+    each epoch."""
 
-    def __init__(self, x, y, batch_size=128, seed=0):
+    def __init__(self, x, y, batch_size=128, seed=0, mirror=True):
         super().__init__()
+        self.mirrored = 0.5 if mirror else 0.0
         self.x = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
         self.y, self.batch_size = y, batch_size
         self.rng = np.random.default_rng(seed)
@@ -116,23 +118,25 @@ class Augmented(keras.utils.PyDataset):
         rows = self.order[index * self.batch_size : (index + 1) * self.batch_size]
         dy, dx = self.rng.integers(0, 9, 2)
         x = self.x[rows, dy : dy + 32, dx : dx + 32]
-        flip = self.rng.random(len(rows)) < 0.5
+        flip = self.rng.random(len(rows)) < self.mirrored
         return np.where(flip[:, None, None, None], x[:, :, ::-1], x), self.y[rows]
 
     def on_epoch_end(self):
         self.order = self.rng.permutation(len(self.y))
 
 
-def trained_resnet(depth=14, epochs=10, widths=(16, 32, 64), each=False, verbose=2):
+def trained_resnet(
+    depth=14, epochs=10, widths=(16, 32, 64), each=False, mirror=True, verbose=2
+):
     """The benchmark's model, trained on first use (about half an hour on 2 cores)."""
     wide = "" if widths == (16, 32, 64) else f"_{widths[0]}wide"
-    way = "_each" if each else ""
+    way = ("_each" if each else "") + ("" if mirror else "_unmirrored")
     path = CACHE / f"resnet{depth}{wide}{way}_{epochs}epochs.keras"
     if not path.exists():
         keras.utils.set_random_seed(0)
         (x, y), test = cifar10(each)
         model = resnet(depth, widths)
-        data = Augmented(x, y)
+        data = Augmented(x, y, mirror=mirror)
         steps = epochs * len(data)
         schedule = keras.optimizers.schedules.CosineDecay(
             0.01, steps - len(data), warmup_target=0.2, warmup_steps=len(data)

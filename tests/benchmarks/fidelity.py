@@ -30,6 +30,13 @@ NETWORKS = {
     "deep": {"depth": 14, "epochs": 10},
     "wide": {"depth": 8, "epochs": 6, "widths": (32, 64, 128)},
     "contrast": {"depth": 8, "epochs": 6, "widths": (32, 64, 128), "each": True},
+    "unmirrored": {
+        "depth": 8,
+        "epochs": 7,
+        "widths": (32, 64, 128),
+        "each": True,
+        "mirror": False,
+    },
 }
 SWAPS = {
     "GN": {"method": "gn"},

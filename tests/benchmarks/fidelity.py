@@ -4,13 +4,14 @@
         [--fits affine refit] [--markdown PATH]
 
 A CIFAR-10 ResNet is trained once and cached: one of 8 layers on images that are
-standardized one by one (contrast) or by channel (wide), or one of 14 that are half as
-wide (deep). Its batch normalization is swapped by `kerasnorm.rewrite` and fitted on
-unlabelled training images; "views" distills the original's mean answer to an image,
-to its mirror image, and to each of them moved by two pixels. Cost is the fit's time
-over that of `predict` on the same images by the original, measured just before; of
-both, but for distillation, the least of three. The pixels come from a JPEG copy of
-CIFAR-10, so they are slightly lossy.
+standardized one by one (contrast; unmirrored saw no mirror images) or by channel
+(wide), or one of 14 that are half as wide (deep). Its batch normalization is swapped
+by `kerasnorm.rewrite` and fitted on unlabelled training images; "mirror" distills the
+original's mean answer to an image and its mirror image, "views" that to both, and to
+each of them moved by two pixels. Cost is the fit's time over that of `predict` on the
+same images by the original, measured just before; of both, but for distillation, the
+least of three. The pixels come from a JPEG copy of CIFAR-10, so they are slightly
+lossy.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ FITS = {
     "affine": ("affine", 256, {}),
     "refit": ("refit", 2048, {}),
     "distill": ("distill", 10_000, {}),
+    "distill, mirror": ("distill", 10_000, {"views": mirrored}),
     "distill, views": ("distill", 10_000, {"views": VIEWS}),
 }
 # Share of the original accuracy to reach, in percent.

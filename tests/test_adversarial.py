@@ -159,6 +159,23 @@ def test_the_edge_of_the_ball_counts_at_any_scale(scale, norm):
     assert found.distance.max() <= eps * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd-ce"])
+def test_sure_logits_are_attacked_like_others(attack):
+    """With two classes there is one direction, however large the logits."""
+    model, w, b = zoo.linear(classes=2)
+    x = zoo.images(40)
+    y = zoo.labels(w, b, x)
+    eps = zoo.radius("linf", w, b, x, y)
+    found = []
+    for scale in (1, 1000):
+        model.layers[-1].set_weights([w * scale, b * scale])
+        result = adversarial.evaluate(model, x, y, attack, eps=eps)
+        assert not result.warnings
+        found.append(result.standing())
+    assert 0.3 < found[0].mean() < 0.7
+    assert (found[0] == found[1]).all()
+
+
 @pytest.mark.parametrize("z", [20.0, 60.0])
 def test_one_sure_unit_has_a_gradient(z):
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])

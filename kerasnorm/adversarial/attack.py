@@ -189,14 +189,28 @@ class Attack:
 
 
 def cross_entropy(z: Tensor, p: Problem) -> Tensor:
-    """`-log softmax(z)[y]`."""
-    return ops.logsumexp(z, axis=-1) - pick(z, p.y)
+    """The cross-entropy as attacks climb it, see `log_odds`."""
+    return log_odds(z, p.y)
+
+
+def log_odds(z: Tensor, y: Tensor) -> Tensor:
+    """`log((1 - q) / q)` of the probability q of each row's class.
+
+    The cross-entropy is the softplus of it: both grow together, and their gradients
+    point alike. That of the cross-entropy is 1 - q times as long, which is exactly 0 in
+    float32 where a model is sure by logits of a hundred; this one's does not vanish.
+    """
+    return ops.logsumexp(_others(z, y), axis=-1) - pick(z, y)
 
 
 def margin(z: Tensor, p: Problem) -> Tensor:
     """`max over others of z - z_y`: positive where the class is wrong."""
-    others = ops.where(one_hot(z, p.y), -1e30, z)
-    return ops.max(others, axis=-1) - pick(z, p.y)
+    return ops.max(_others(z, p.y), axis=-1) - pick(z, p.y)
+
+
+def _others(z: Tensor, y: Tensor) -> Tensor:
+    """The logits, far below all others at each row's class."""
+    return ops.where(one_hot(z, y), -1e30, z)
 
 
 def difference_of_logits_ratio(z: Tensor, p: Problem) -> Tensor:

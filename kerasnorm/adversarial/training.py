@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from kerasnorm import programs
-from kerasnorm.adversarial.attack import pick
+from kerasnorm.adversarial.attack import log_odds
 from kerasnorm.adversarial.ball import Ball, canonical, flat, per_row
 from kerasnorm.adversarial.reading import read_pair, read_radii
 from kerasnorm.adversarial.victim import Victim
@@ -166,7 +166,7 @@ class AdversarialTraining(keras.Model):
 
         def losses(x):
             z = self.victim.logits(x, ())
-            return ops.logsumexp(z, axis=-1) - pick(z, y), z
+            return log_odds(z, y), z
 
         for _ in range(self.steps):
             _, _, g = programs.value_and_gradient(losses, moved)

@@ -15,7 +15,7 @@ import kerasnorm
 from kerasnorm.errors import KerasNormError
 from kerasnorm.swap import data as reading
 from kerasnorm.swap import linear, solve
-from kerasnorm.swap.distill import Pupil, kind
+from kerasnorm.swap.distill import Pupil, is_linear, kind
 from kerasnorm.swap.fit import fit
 
 
@@ -481,6 +481,35 @@ def test_kinds_of_output_are_told_apart_by_their_values(rng):
     assert kind(1 / (1 + np.exp(-logits))) == "sigmoid"
     e = np.exp(logits)
     assert kind(e / e.sum(1, keepdims=True)) == "softmax"
+
+
+def test_values_of_a_linear_layer_are_no_probabilities(rng, monkeypatch):
+    inputs = keras.Input((6,))
+    hidden = layers.BatchNormalization()(layers.Dense(8)(inputs))
+    kinds = ("linear", "sigmoid", "softmax")
+    heads = [layers.Dense(2, name=n, activation=n) for n in kinds]
+    within = keras.Model(hidden, [head(hidden) for head in heads])
+    all_of_them = keras.Model(inputs, within(hidden))
+    assert [is_linear(all_of_them, k) for k in range(3)] == [True, False, False]
+
+    model = keras.Model(inputs, heads[0](hidden))
+    heads[0].set_weights([np.full((8, 2), 1e-3), np.full(2, 0.5)])
+    x = rng.normal(size=(64, 6)).astype("float32")
+    assert kind(keras.ops.convert_to_numpy(model(x))) == "sigmoid"
+    gaps = []
+    start = Pupil.fit
+
+    def noted(self, *args, **kwargs):
+        gaps.extend(self.gaps)
+        return start(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pupil, "fit", noted)
+    kerasnorm.rewrite(model, "ln", data=x, fit="distill", verbose=False)
+    (gap,) = gaps
+    y = model(x)
+    # No gap to itself, which the cross-entropy has, and one that grows beyond [0, 1].
+    assert keras.ops.max(gap(y, y)) == 0
+    assert keras.ops.min(gap(y, y + 2)) > keras.ops.max(gap(y, y + 1)) > 0
 
 
 @pytest.mark.ci

@@ -161,15 +161,19 @@ def distill(
     teacher; if not, the student is as it was.
 
     Muon, at a rate that rises over the first tenth of the steps and falls to zero along
-    a cosine. The loss of an output follows from the teacher's values (see `kind`):
-    probabilities are compared by cross-entropy, softened where they sum to one;
+    a cosine. The loss of an output follows from the teacher's values (see `kind`),
+    unless the layer that makes it has no activation: probabilities are compared by
+    cross-entropy, softened where they sum to one;
     anything else by squares, in units of the output's variance. The outputs of each
     pair of layers count as much as an output of the model at first (a network is easier
     to train from within than from its end alone) and for nothing at the end. Inputs
     that are a stream are shuffled in blocks of `memory` bytes.
     """
     look = inputs.spread(LOOK)
-    losses = [_loss(y) for y in _outputs(teacher, look)]
+    losses = [
+        _loss("linear" if is_linear(teacher, k) else kind(y), y)
+        for k, y in enumerate(_outputs(teacher, look))
+    ]
     failures: list[KerasNormError] = []
     if inputs.stream is None:
         batches: Any = _Batches(inputs, batch_size, seed)
@@ -337,9 +341,21 @@ def kind(outputs: np.ndarray) -> str:
     return "sigmoid"
 
 
-def _loss(outputs: np.ndarray) -> Callable[[Any, Any], Any]:
+def is_linear(model: Any, k: int) -> bool:
+    """Whether the layer that makes an output says that it has no activation: its values
+    are no probabilities, even where all of them could be."""
+    outputs = getattr(model, "outputs", None) or ()
+    if k >= len(outputs):
+        return False
+    made = outputs[k]._keras_history
+    if getattr(made.operation, "outputs", None):  # a model within
+        return is_linear(made.operation, made.tensor_index)
+    activation = getattr(made.operation, "activation", None)
+    return activation is keras.activations.linear
+
+
+def _loss(which: str, outputs: np.ndarray) -> Callable[[Any, Any], Any]:
     """`(teacher's, student's) -> loss of each sample` for outputs like these."""
-    which = kind(outputs)
     if which == "softmax":
         return _softened
     if which == "sigmoid":

@@ -33,6 +33,15 @@ def is_graph(layer: Any) -> bool:
     )
 
 
+def maker_of(model: Any, k: int) -> Any:
+    """The operation that makes an output, in whatever models lie within; one whose
+    computation is no recorded graph stands for what it does."""
+    while is_graph(model) and k < len(model.outputs):
+        made = model.outputs[k]._keras_history
+        model, k = made.operation, made.tensor_index
+    return model
+
+
 def graph_of(model: Any) -> Any:
     """The Functional that holds the nodes: a Sequential keeps its own inside."""
     return model._functional if isinstance(model, keras.Sequential) else model

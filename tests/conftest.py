@@ -60,6 +60,16 @@ def mostly_ci(values, always=()):
     ]
 
 
+def sometimes(name, always):
+    """A test case, a tuple, that runs in CI alone where it names a large model; one
+    that JAX, which compiles each operation and shape, runs when slow."""
+    import keras
+
+    if keras.backend.backend() == "jax" and not always:
+        return pytest.param(*name, marks=pytest.mark.slow)
+    return pytest.param(*name, marks=pytest.mark.ci if large(name[0]) else ())
+
+
 def in_turn(names, default=None, ci=large):
     """`(name, methods)` of tests that rewrite many large models.
 

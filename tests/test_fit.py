@@ -492,6 +492,12 @@ def test_values_of_a_linear_layer_are_no_probabilities(rng, monkeypatch):
     all_of_them = keras.Model(inputs, within(hidden))
     assert [is_linear(all_of_them, k) for k in range(3)] == [True, False, False]
 
+    class Squashed(keras.Model):
+        def call(self, x):
+            return keras.ops.sigmoid(super().call(x))
+
+    assert not is_linear(Squashed(inputs, heads[0](hidden)), 0)
+
     model = keras.Model(inputs, heads[0](hidden))
     heads[0].set_weights([np.full((8, 2), 1e-3), np.full(2, 0.5)])
     x = rng.normal(size=(64, 6)).astype("float32")
@@ -869,7 +875,8 @@ def test_convolutions_with_channels_first_are_the_same_problem(rng):
     first.build((None, 4, 7, 8))
     first.set_weights(last.get_weights())
     problem = linear.problem(first)
-    given, wanted = (problem.channels_last(np.moveaxis(v, -1, 1)) for v in (x, y))
+    given, wanted = (np.moveaxis(v, -1, 1) for v in (x, y))
+    wanted = problem.channels_last(wanted)
     picked = np.array([[0, 5, 9], [3, 3, 15]])
     rows = problem.rows(given, wanted.shape, picked)
     targets = problem.targets(first, given, wanted, picked)

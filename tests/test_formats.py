@@ -7,7 +7,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import SHARED, large
+from conftest import SHARED, sometimes
 from keras import layers, ops
 
 import kerasnorm.compat  # noqa: F401 (registers converters)
@@ -26,14 +26,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Training differs"),
     pytest.mark.filterwarnings("ignore:.*unclosed.*:ResourceWarning"),
 ]
-
-
-def sometimes(name, always):
-    """A test case that runs in CI alone where the model is large; one that JAX, which
-    compiles each operation and shape, runs when slow."""
-    if keras.backend.backend() == "jax" and not always:
-        return pytest.param(*name, marks=pytest.mark.slow)
-    return pytest.param(*name, marks=pytest.mark.ci if large(name[0]) else ())
 
 
 def outputs(model, inputs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
-from conftest import large
+from conftest import sometimes
 from keras import layers, ops
 from test_architectures import ALL, SMALL, make
 from test_published import files
@@ -54,17 +54,7 @@ def test_zoo(name):
 @pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask")
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            n,
-            marks=pytest.mark.slow
-            if JAX and not n.startswith("k215_")
-            else pytest.mark.ci
-            if large(n)
-            else (),
-        )
-        for n in sorted(files()) or ["none"]
-    ],
+    [sometimes((n,), n.startswith("k215_")) for n in sorted(files()) or ["none"]],
 )
 def test_published(name, shared):
     model = kerasnorm.load(files()[name], compile=False)

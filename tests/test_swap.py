@@ -29,19 +29,14 @@ METHODS = sorted(kerasnorm.methods())
 MAIN = {get(m).name for m in MAIN_METHODS}
 # The other methods go through the same code: these have something a layer must handle.
 FEW = {"masked", "mixed_float16", "shared_norm"}
-PAIRS = [
-    pytest.param(
-        animal,
-        method,
-        marks=()
-        if method in MAIN
-        else pytest.mark.ci
-        if animal in FEW
-        else pytest.mark.slow,
-    )
-    for animal in sorted(zoo.ZOO)
-    for method in METHODS
-]
+
+
+def pair(animal, method):
+    """A test case, and when it runs."""
+    if method in MAIN:
+        return pytest.param(animal, method)
+    mark = pytest.mark.ci if animal in FEW else pytest.mark.slow
+    return pytest.param(animal, method, marks=mark)
 
 
 @functools.lru_cache(maxsize=2)
@@ -50,7 +45,9 @@ def animal_of(name):
     return model, [np.array(w) for w in model.get_weights()]
 
 
-@pytest.mark.parametrize(("animal", "method"), PAIRS)
+@pytest.mark.parametrize(
+    ("animal", "method"), [pair(a, m) for a in sorted(zoo.ZOO) for m in METHODS]
+)
 def test_every_norm_is_a_step_or_a_refusal(animal, method, tmp_path):
     name, (animal, before) = animal, animal_of(animal)
     norms = [s.path for s in rewriters.sites(animal) if read(s.layer) is not None]

@@ -11,6 +11,7 @@ from keras import ops, tree
 
 from kerasnorm.errors import KerasNormError
 from kerasnorm.swap.data import keys_of
+from rewriters.program import maker_of
 
 
 Tensor = Any
@@ -165,13 +166,7 @@ def _suitable(model: Any, k: int, y: np.ndarray) -> Any:
 
 def _ending(model: Any, k: int) -> str:
     """Name of the activation that makes an output, as far as layers tell."""
-    outputs = getattr(model, "outputs", None) or ()
-    last = model
-    if k < len(outputs):
-        made = outputs[k]._keras_history
-        last = made.operation
-        if getattr(last, "outputs", None):  # a model within
-            return _ending(last, made.tensor_index)
+    last = maker_of(model, k)
     if isinstance(last, keras.layers.Layer):
         leaves = [x for x in last._flatten_layers() if not x._layers]
         last = leaves[-1] if leaves else last

@@ -15,6 +15,7 @@ from kerasnorm.errors import KerasNormError
 from kerasnorm.programs import Compiled
 from kerasnorm.swap import data as reading
 from kerasnorm.swap.muon import Muon
+from rewriters.program import maker_of
 from rewriters.tracing import watching
 
 
@@ -344,14 +345,8 @@ def kind(outputs: np.ndarray) -> str:
 def is_linear(model: Any, k: int) -> bool:
     """Whether the layer that makes an output says that it has no activation: its values
     are no probabilities, even where all of them could be."""
-    outputs = getattr(model, "outputs", None) or ()
-    if k >= len(outputs):
-        return False
-    made = outputs[k]._keras_history
-    if getattr(made.operation, "outputs", None):  # a model within
-        return is_linear(made.operation, made.tensor_index)
-    activation = getattr(made.operation, "activation", None)
-    return activation is keras.activations.linear
+    maker = maker_of(model, k)
+    return getattr(maker, "activation", None) is keras.activations.linear
 
 
 def _loss(which: str, outputs: np.ndarray) -> Callable[[Any, Any], Any]:

@@ -28,10 +28,7 @@ def problem(layer: Any) -> Linear | None:
 
 
 class Linear:
-    """A dense layer or convolution, outputs as a matrix product of patches.
-
-    Inputs and outputs have their channels last, where `channels_last` puts them.
-    """
+    """A dense layer or convolution, outputs as a matrix product of patches."""
 
     def __init__(self, layer: Any):
         self.layer = layer
@@ -40,21 +37,23 @@ class Linear:
         self.columns = int(np.prod(self.shape[:-1]))
 
     def channels_last(self, value: Any) -> Array:
-        """An input or output of the layer."""
+        """An input or output of the layer, channels last."""
         value = numpy_of(value)
         first = self.conv and self.layer.data_format == "channels_first"
         return np.moveaxis(value, 1, -1) if first else value
 
-    def rows(self, x: Array, shape: tuple[int, ...], picked: Array) -> Array:
+    def rows(self, x: Any, shape: tuple[int, ...], picked: Array) -> Array:
         """What the kernel is multiplied with, (rows, columns), at picked positions
-        of an output of this shape."""
+        of an output of this shape, channels last."""
+        x = self.channels_last(x)
         if self.conv:
             return self._patches(x, picked, tuple(shape[1:-1]))
         x = x.reshape(len(x), -1, x.shape[-1])
         return np.take_along_axis(x, picked[..., None], 1).reshape(-1, x.shape[-1])
 
-    def targets(self, old: Any, x: Array, y: Array, picked: Array) -> Array:
-        """The old layer's outputs before its activation, (rows, outputs)."""
+    def targets(self, old: Any, x: Any, y: Array, picked: Array) -> Array:
+        """The old layer's outputs before its activation, (rows, outputs); `y` has its
+        channels last."""
         if old.activation is not keras.activations.linear:
             return Linear(old).forward(self.rows(x, y.shape, picked))
         y = y.reshape(len(y), -1, y.shape[-1])

@@ -377,16 +377,16 @@ class Walk:
         limit = min(2**15, max(2**12, 8 * problem.columns))
         sampler = Sampler(limit, self.samples, self.seed)
         rows, targets = [], []
-        for k, parts in enumerate(zip(x, old_x, old_y, strict=True)):
-            mine, given, wanted = (problem.channels_last(v) for v in parts)
+        for k in range(len(x)):
+            wanted = problem.channels_last(old_y[k])
             picked = sampler.all_positions(k, wanted.shape)
             keep = slice(None)
             mask = mask_of(x[k])
             if mask is not None and mask.shape == wanted.shape[:-1]:
                 mask = mask.reshape(len(mask), -1)
                 keep = np.take_along_axis(mask, picked, 1).reshape(-1)
-            rows.append(problem.rows(mine, wanted.shape, picked)[keep])
-            targets.append(problem.targets(old, given, wanted, picked)[keep])
+            rows.append(problem.rows(x[k], wanted.shape, picked)[keep])
+            targets.append(problem.targets(old, old_x[k], wanted, picked)[keep])
         problem.update(np.concatenate(rows), np.concatenate(targets), self.pull)
         self.refitted.append(path)
         return True

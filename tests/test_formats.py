@@ -1,7 +1,11 @@
 """Loading what every generation of Keras saved, compared with what it computed."""
 
 import json
+import shutil
 import warnings
+import zipfile
+from collections import Counter
+from unittest import mock
 
 import h5py
 import keras
@@ -464,6 +468,34 @@ def doubles(k, tf):
 SAVED_MODELS = ("norms", "nested", "frozen", "preprocessing", "tensorflow_functions")
 
 
+def save_as_keras_2_13(model, path):
+    """An archive as Keras 2.12 and 2.13 named its groups; later ones changed both."""
+    from tf_keras.src.saving import saving_lib
+
+    def members(container, *stores, inner_path, visited_trackables):
+        counts = Counter()
+        container = container.values() if isinstance(container, dict) else container
+        for x in container:
+            if saving_lib._is_keras_trackable(x):
+                name = saving_lib.generic_utils.to_snake_case(type(x).__name__)
+                number = f"_{counts[name]}" if counts[name] else ""
+                counts[name] += 1
+                place = f"{inner_path}/{name}{number}"
+                saving_lib._save_state(x, *stores, place, visited_trackables)
+
+    skipped = saving_lib.ATTR_SKIPLIST - {"_layer_checkpoint_dependencies"}
+    walk = saving_lib._walk_trackable  # in reverse
+    with (
+        mock.patch.object(
+            saving_lib, "_walk_trackable", lambda x: reversed(list(walk(x)))
+        ),
+        mock.patch.object(saving_lib, "ATTR_SKIPLIST", skipped),
+        mock.patch.object(saving_lib, "_save_container_state", members),
+        mock.patch.object(saving_lib.keras, "__version__", "2.13.1"),
+    ):
+        model.save(path)
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
     """Writes a reference once, in all formats: inputs, outputs, paths."""
@@ -502,6 +534,7 @@ def references(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             for suffix in (".h5", ".keras", *([""] if name in SAVED_MODELS else ())):
                 model.save(folder / f"model{suffix}")
+            save_as_keras_2_13(model, folder / "model.2.13.keras")
             flags = sorted(w.name.split(":")[0] for w in model.trainable_weights)
             wanted = [np.array(y) for y in tf.nest.flatten(wanted)]
             done[name] = inputs, wanted, folder, flags
@@ -515,7 +548,12 @@ def references(tmp_path_factory):
     [
         sometimes((n, s), n in ("activation_layers", "norms", "nested", "frozen"))
         for n in REFERENCES
-        for s in (".h5", ".keras", *([""] if n in SAVED_MODELS else ()))
+        for s in (
+            ".h5",
+            ".keras",
+            ".2.13.keras",
+            *([""] if n in SAVED_MODELS else ()),
+        )
     ],
 )
 def test_keras_2_computes_the_same(name, suffix, references, tmp_path):
@@ -552,8 +590,9 @@ def test_an_archives_vocabularies_are_kept(tmp_path):
     )
     inputs = [tf.constant([["a b"], ["b x"]]), tf.constant([[7.0], [5.0]])]
     wanted = [np.array(y) for y in old(inputs)]
-    old.save(tmp_path / "m.keras")
-    check(outputs(load(tmp_path / "m.keras"), inputs), wanted)
+    for save in (k.Model.save, save_as_keras_2_13):
+        save(old, tmp_path / "m.keras")
+        check(outputs(load(tmp_path / "m.keras"), inputs), wanted)
 
 
 def test_a_vocabulary_that_the_format_lacks_is_told(tmp_path):
@@ -563,6 +602,17 @@ def test_a_vocabulary_that_the_format_lacks_is_told(tmp_path):
     model.save(tmp_path / "m.h5")
     with pytest.warns(UserWarning, match="no vocabulary of text:"):
         load(tmp_path / "m.h5")
+
+
+def test_parts_of_a_saved_model_that_are_missing(references, tmp_path):
+    folder = shutil.copytree(references("nested")[2] / "model", tmp_path / "m")
+    (folder / "variables/variables.index").write_bytes(b"version https://git-lfs...")
+    with pytest.raises(RewriteError, match=r"pointer in variables\.index.*lfs pull"):
+        load(folder)
+    shutil.copytree(references("nested")[2] / "model", folder, dirs_exist_ok=True)
+    (folder / "keras_metadata.pb").unlink()
+    with pytest.raises(RewriteError, match=r"keras_metadata\.pb.* is missing"):
+        load(folder)
 
 
 def test_an_operation_keeps_its_layers_name(references):
@@ -693,6 +743,22 @@ def test_keras_3_computes_the_same(name, suffix, tmp_path):
     assert len(new.trainable_weights) == len(model.trainable_weights)
 
 
+def test_arguments_that_keras_3_dropped(tmp_path):
+    model = keras.Sequential([keras.Input((4, 4, 3)), layers.RandomRotation(0.2)])
+    model.save(tmp_path / "new.keras")
+    with (
+        zipfile.ZipFile(tmp_path / "new.keras") as new,
+        zipfile.ZipFile(tmp_path / "old.keras", "w") as old,
+    ):
+        for name in new.namelist():  # as Keras 3.0 to 3.5 wrote it
+            text = new.read(name)
+            if name == "config.json":
+                text = text.replace(b'"factor":', b'"value_range": [0, 255], "factor":')
+                assert b"value_range" in text
+            old.writestr(name, text)
+    assert load(tmp_path / "old.keras").layers[0].factor == model.layers[0].factor
+
+
 def test_an_archive_that_was_not_zipped(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
     model.save(tmp_path / "folder", zipped=False)
@@ -753,6 +819,7 @@ def test_missing_classes_are_named_all_at_once(tmp_path, suffix):
         ("text.keras", b"hello there", "starts with"),
         ("model.json", b'{"class_name": "Sequential"}', "starts with"),
         ("absent.h5", None, "no such file"),
+        ("pointer.h5", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("folder", "folder", "without saved_model.pb"),
     ],
 )

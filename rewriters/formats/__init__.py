@@ -103,10 +103,13 @@ def read(path: str) -> Saved:
     place = pathlib.Path(path)
     if place.is_dir():
         if (place / "saved_model.pb").exists():
+            for file in (place / "saved_model.pb", *place.glob("variables/*")):
+                _check_fetched(file)
             return savedmodel.read(path)
         raise _unknown("a directory without saved_model.pb or model.weights.h5")
     if not place.exists():
         raise RewriteError("There is no such file", fix="Check the path")
+    _check_fetched(place)
     with place.open("rb") as f:
         head = f.read(8)
     for module in (hdf5, archive):
@@ -138,6 +141,19 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
         finalize(layer)
     vocabulary.restore(model, spec, saved)
     return model
+
+
+def _check_fetched(file: pathlib.Path) -> None:
+    """Raises for what Git LFS leaves in place of a file that it has not fetched."""
+    pointer = b"version https://git-lfs"
+    with file.open("rb") as f:
+        if f.read(len(pointer)) == pointer:
+            raise RewriteError(
+                "The model was not fetched with its repository",
+                got=f"a Git LFS pointer in {file.name}",
+                expected="the file that it points to",
+                fix="Run `git lfs pull` there",
+            )
 
 
 def _unknown(got: str) -> RewriteError:

@@ -28,6 +28,9 @@ _PLAIN = frozenset(
     "__keras_tensor__ __tuple__ TensorShape".split()
 )
 
+# What earlier Keras 3 wrote of a layer and no longer takes; nothing depended on it.
+_DROPPED = {"RandomRotation": ("value_range",)}
+
 
 def load(
     path: str,
@@ -45,8 +48,9 @@ def load(
     """
     given = dict(custom_objects)
     _check_config(saved.config, given, lambdas, safe_mode)
+    changed = _drop(saved.config) or bool(lambdas)
     _check_size(saved, given, safe_mode)
-    with _archive(path, saved.config, changed=bool(lambdas)) as checked:
+    with _archive(path, saved.config, changed) as checked:
         arguments = {"custom_objects": given, "safe_mode": safe_mode}
         if compile and saved.training:
             try:
@@ -101,6 +105,17 @@ def _check_config(
     error = problems(missing=missing, refused=refused)
     if error:
         raise error
+
+
+def _drop(config: dict[str, Any]) -> bool:
+    """Takes out what this Keras would refuse, and says whether there was any."""
+    dropped = [
+        entry["config"].pop(key)
+        for entry in _entries(config)
+        for key in _DROPPED.get(entry["class_name"], ())
+        if key in entry["config"]
+    ]
+    return bool(dropped)
 
 
 def _reference(name: str) -> dict[str, Any]:

@@ -60,6 +60,12 @@ class Saved:
         head = self.version.split(".", 1)[0]
         return int(head) if head in ("1", "2", "3") else 2
 
+    @property
+    def counts_twice(self) -> bool:
+        """Whether names in an archive count a model's layers with weights twice: Keras
+        2.12 and 2.13 found one as `layer_with_weights-0` and again as `layer-1`."""
+        return self.version.startswith(("2.12.", "2.13."))
+
 
 def parse_json(text: str | bytes, what: str) -> Any:
     """Returns the parsed `text`, or raises a `RewriteError` naming `what`."""

@@ -29,6 +29,12 @@ def read(path: str) -> Saved:
     nodes = _object_graph(path)
     metadata = _metadata(path, nodes)
     root = metadata.get(0)
+    if root is None and any(_by_keras(node) for node in nodes):
+        raise RewriteError(
+            "keras_metadata.pb, in which Keras describes the model, is missing",
+            expected="the whole folder that model.save wrote",
+            fix="Fetch that file too, or wrap the rest with keras.layers.TFSMLayer",
+        )
     if root is None:
         raise RewriteError(
             "The SavedModel was not written by Keras",
@@ -90,6 +96,10 @@ def _node(message: Any) -> dict[str, Any]:
     return node
 
 
+def _by_keras(node: dict[str, Any]) -> bool:
+    return node.get("identifier", "").startswith("_tf_keras")
+
+
 def _metadata(path: str, nodes: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Keras's JSON by object; its own file since TensorFlow 2.5, else in the graph."""
     found: dict[int, str] = {}
@@ -101,7 +111,7 @@ def _metadata(path: str, nodes: list[dict[str, Any]]) -> dict[int, dict[str, Any
                 found[node.get(2, 0)] = text(node[5])
     else:
         for i, node in enumerate(nodes):
-            if node.get("identifier", "").startswith("_tf_keras") and node["metadata"]:
+            if _by_keras(node) and node["metadata"]:
                 found[i] = node["metadata"]
     parsed = {i: parse_json(m, f"The metadata of object {i}") for i, m in found.items()}
     return {i: m for i, m in parsed.items() if isinstance(m, dict)}

@@ -10,7 +10,7 @@ import keras
 from rewriters.formats.hdf5 import array, child
 from rewriters.formats.saved import Saved
 from rewriters.formats.spec import Spec
-from rewriters.formats.weights import places
+from rewriters.formats.weights import held
 
 
 LAYERS = (
@@ -41,11 +41,10 @@ def restore(model: Any, spec: Spec, saved: Saved) -> None:
 def _walk(layer: Any, spec: Spec, saved: Saved, place: str) -> None:
     if isinstance(layer, LAYERS) and place in saved.assets:
         _set(layer, saved, place)
-    known = {x.name: x for x in layer.layers} if spec.layers else {}
-    for s, name in zip(spec.layers or (), places(spec.layers or []), strict=True):
-        for holder in ("layers", "_layer_checkpoint_dependencies"):
-            if s.name in known:
-                _walk(known[s.name], s, saved, f"{place}{holder}/{name}/")
+    if spec.layers:
+        for inner, s, names in held(layer, spec, saved.counts_twice):
+            for name in names:
+                _walk(inner, s, saved, f"{place}{name}/")
 
 
 def _set(layer: Any, saved: Saved, place: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import keras
@@ -281,13 +282,13 @@ class _Concatenated:
 
 def _match_tree(model: Any, spec: Spec, saved: Saved) -> Pairs:
     pairs: Pairs = []
-    _walk_tree(model, spec, saved.tree, pairs)
+    _walk_tree(model, spec, saved.tree, pairs, twice=saved.counts_twice)
     return pairs
 
 
-def _walk_tree(layer: Any, spec: Spec, group: Any, pairs: Pairs) -> None:
+def _walk_tree(layer: Any, spec: Spec, group: Any, pairs: Pairs, twice: bool) -> None:
     if spec.layers is not None:
-        _walk_model(layer, spec, group, pairs)
+        _walk_model(layer, spec, group, pairs, twice)
         return
     if spec.rename:
         _walk_renamed(layer, spec, group, pairs)
@@ -309,9 +310,10 @@ def _walk_tree(layer: Any, spec: Spec, group: Any, pairs: Pairs) -> None:
         if isinstance(inner, (list, tuple)):
             specs = [_inner_spec(spec, key, layer, i) for i, layer in enumerate(inner)]
             for layer, inside, name in zip(inner, specs, places(specs), strict=True):
-                _walk_tree(layer, inside, child(group, f"{key}/{name}"), pairs)
+                _walk_tree(layer, inside, child(group, f"{key}/{name}"), pairs, twice)
         elif isinstance(inner, keras.layers.Layer):
-            _walk_tree(inner, _inner_spec(spec, key, inner), child(group, key), pairs)
+            inside = _inner_spec(spec, key, inner)
+            _walk_tree(inner, inside, child(group, key), pairs, twice)
 
 
 def _inner_spec(spec: Spec, key: str, layer: Any, index: int = 0) -> Spec:
@@ -323,28 +325,47 @@ def _inner_spec(spec: Spec, key: str, layer: Any, index: int = 0) -> Spec:
     return Spec(layer.name, type(layer).__name__, type(layer))
 
 
-def places(specs: list[Spec]) -> list[str]:
-    """Names of layers in a list: their class, numbered where it comes again."""
+def places(specs: list[Spec], twice: Collection[str] = ()) -> list[str]:
+    """Names of layers in a list: their class, numbered where it comes again, which
+    counts those of the names in `twice` as two."""
     counts: Counter[str] = Counter()
     places = []
     for spec in specs:
         name = _snake(spec.kind)
         places.append(f"{name}_{counts[name]}" if counts[name] else name)
-        counts[name] += 1
+        counts[name] += 2 if spec.name in twice else 1
     return places
 
 
-def _walk_model(model: Any, spec: Spec, group: Any, pairs: Pairs) -> None:
-    names = ("layers", "_layer_checkpoint_dependencies")
-    holder = next((child(group, name) for name in names if name in group), None)
+def held(
+    model: Any, spec: Spec, twice: bool
+) -> Iterator[tuple[Any, Spec, tuple[str, str]]]:
+    """The layers of a model, with the places where an archive may keep them.
+
+    Args:
+        twice: whether those with weights count twice, see `Saved.counts_twice`.
+    """
     layers = {layer.name: layer for layer in model.layers}
+    heavy = [  # a vocabulary was a weight
+        name
+        for name, layer in layers.items()
+        if _weights(layer) or hasattr(layer, "get_vocabulary")
+    ]
     specs = spec.layers or []
-    for s, place in zip(specs, places(specs), strict=True):
-        layer = layers.get(s.name)
-        if layer is None or not _weights(layer):
+    names = places(specs, heavy if twice else ())
+    for s, name in zip(specs, names, strict=True):
+        if s.name in layers:
+            found = f"layers/{name}", f"_layer_checkpoint_dependencies/{name}"
+            yield layers[s.name], s, found
+
+
+def _walk_model(model: Any, spec: Spec, group: Any, pairs: Pairs, twice: bool) -> None:
+    for layer, s, names in held(model, spec, twice):
+        if not _weights(layer):
             continue
-        if holder is not None and place in holder:
-            _walk_tree(layer, s, child(holder, place), pairs)
+        place = next((name for name in names if name in group), None)
+        if place is not None:
+            _walk_tree(layer, s, child(group, place), pairs, twice)
         else:  # shared with another model, and stored there
             pairs += _stored_before(layer, pairs)
 

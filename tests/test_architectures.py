@@ -7,6 +7,7 @@ every shape, which takes minutes a model: there one stands for all.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import keras
@@ -52,6 +53,18 @@ def make(name: str) -> keras.Model:
     return randomize(model)
 
 
+@contextlib.contextmanager
+def doubles():
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    keras.config.set_dtype_policy("float64")
+    keras.config.set_floatx("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+        keras.config.set_floatx(floatx)
+
+
 @pytest.mark.parametrize(
     ("name", "methods"),
     list(in_turn(ALL, SMALL, ci=lambda name: name not in ALWAYS)),
@@ -61,17 +74,15 @@ def test_every_method_rewrites_or_refuses(name, methods, tmp_path):
     x = rewriters.random_inputs(model, samples=2)
     y = outputs(model, x)[0]
     norms = {s.path for s in rewriters.sites(model) if read(s.layer) is not None}
+    unsure = []
     before = [np.array(w) for w in model.get_weights()]
     for method in methods:
         new, report = kerasnorm.rewrite(model, method, return_report=True)
         plan = report.plan
         assert {s.path for s in plan.steps} | {r.path for r in plan.refused} == norms
         assert len(plan.steps) + len(plan.refused) == len(norms)
-        if plan.exact:
-            # Random statistics make some of these models ill-conditioned: one unit in
-            # the last place of the input moves the output by 7e-5 in EfficientNetV2B0.
-            limit = max(1e-4, 10 * rewriters.rounding(model, x, draws=1))
-            assert rewriters.compare(model, new, x).relative <= limit
+        if plan.exact and rewriters.compare(model, new, x).relative > 1e-4:
+            unsure.append(method)
         if method in ("gn", methods[-1]):
             new.save(tmp_path / "new.keras")
             again = keras.saving.load_model(tmp_path / "new.keras")
@@ -80,3 +91,11 @@ def test_every_method_rewrites_or_refuses(name, methods, tmp_path):
     assert np.isfinite(y).all()
     for a, b in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+    # Random statistics make some of these models ill-conditioned: one unit in the last
+    # place of the input moves the output of EfficientNetV2B1 by half its size.
+    if unsure:
+        with doubles():
+            exact = make(name)
+            for method in unsure:
+                new = kerasnorm.rewrite(exact, method)
+                assert rewriters.compare(exact, new, x).relative <= 1e-6

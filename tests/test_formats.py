@@ -610,6 +610,8 @@ def test_parts_of_a_saved_model_that_are_missing(references, tmp_path):
     with pytest.raises(RewriteError, match=r"pointer in variables\.index.*lfs pull"):
         load(folder)
     shutil.copytree(references("nested")[2] / "model", folder, dirs_exist_ok=True)
+    (folder / "variables/.ipynb_checkpoints").mkdir()
+    load(folder)
     (folder / "keras_metadata.pb").unlink()
     with pytest.raises(RewriteError, match=r"keras_metadata\.pb.* is missing"):
         load(folder)
@@ -757,6 +759,21 @@ def test_arguments_that_keras_3_dropped(tmp_path):
                 assert b"value_range" in text
             old.writestr(name, text)
     assert load(tmp_path / "old.keras").layers[0].factor == model.layers[0].factor
+
+
+def test_arguments_of_a_class_of_the_same_name_stay(tmp_path):
+    class RandomRotation(layers.RandomRotation):
+        def __init__(self, *args, value_range=(0, 1), **kwargs):
+            super().__init__(*args, **kwargs)
+            self.value_range = value_range
+
+        def get_config(self):
+            return {**super().get_config(), "value_range": self.value_range}
+
+    own = RandomRotation(0.2, value_range=(0, 9))
+    keras.Sequential([keras.Input((4, 4, 3)), own]).save(tmp_path / "m.keras")
+    new = load(tmp_path / "m.keras", custom_objects={"RandomRotation": RandomRotation})
+    assert tuple(new.layers[0].value_range) == (0, 9)
 
 
 def test_an_archive_that_was_not_zipped(tmp_path):

@@ -41,6 +41,9 @@ from rewriters.formats.saved import Saved
 from rewriters.transfer import finalize
 
 
+_POINTER = b"version https://git-lfs"
+
+
 def load(
     path: str | os.PathLike[str],
     *,
@@ -103,15 +106,16 @@ def read(path: str) -> Saved:
     place = pathlib.Path(path)
     if place.is_dir():
         if (place / "saved_model.pb").exists():
-            for file in (place / "saved_model.pb", *place.glob("variables/*")):
-                _check_fetched(file)
+            for file in (
+                place / "saved_model.pb",
+                *place.glob("variables/variables.*"),
+            ):
+                _head(file)
             return savedmodel.read(path)
         raise _unknown("a directory without saved_model.pb or model.weights.h5")
     if not place.exists():
         raise RewriteError("There is no such file", fix="Check the path")
-    _check_fetched(place)
-    with place.open("rb") as f:
-        head = f.read(8)
+    head = _head(place)
     for module in (hdf5, archive):
         if head.startswith(module.MAGIC):
             return module.read(path)
@@ -143,17 +147,19 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
     return model
 
 
-def _check_fetched(file: pathlib.Path) -> None:
-    """Raises for what Git LFS leaves in place of a file that it has not fetched."""
-    pointer = b"version https://git-lfs"
+def _head(file: pathlib.Path) -> bytes:
+    """The first bytes of a file, unless they are those of what Git LFS leaves in place
+    of one that it has not fetched."""
     with file.open("rb") as f:
-        if f.read(len(pointer)) == pointer:
-            raise RewriteError(
-                "The model was not fetched with its repository",
-                got=f"a Git LFS pointer in {file.name}",
-                expected="the file that it points to",
-                fix="Run `git lfs pull` there",
-            )
+        head = f.read(len(_POINTER))
+    if head == _POINTER:
+        raise RewriteError(
+            "The model was not fetched with its repository",
+            got=f"a Git LFS pointer in {file.name}",
+            expected="the file that it points to",
+            fix="Run `git lfs pull` there",
+        )
+    return head[:8]
 
 
 def _unknown(got: str) -> RewriteError:

@@ -76,8 +76,7 @@ def _check_config(
     refused: list[str] = []
     found: list[str] = []
     for entry in _entries({k: v for k, v in config.items() if k != "compile_config"}):
-        kind, module = entry["class_name"], entry.get("module")
-        inner = entry["config"]
+        kind, inner = entry["class_name"], entry["config"]
         if kind == "Lambda" and isinstance(inner, dict) and "function" in inner:
             name = str(inner.get("name"))
             found.append(name)
@@ -98,7 +97,7 @@ def _check_config(
         known = any(n in custom_objects for n in names) or any(
             keras.saving.get_registered_object(n) for n in names if n
         )
-        if known or str(module).split(".", 1)[0] in ("keras", "builtins"):
+        if known or _by_keras(entry):
             continue
         missing[label] = kind if kind != "function" else str(inner)
     check_names(lambdas, found)
@@ -108,14 +107,19 @@ def _check_config(
 
 
 def _drop(config: dict[str, Any]) -> bool:
-    """Takes out what this Keras would refuse, and says whether there was any."""
+    """Takes out what Keras's layers now refuse, and says whether there was any."""
     dropped = [
         entry["config"].pop(key)
         for entry in _entries(config)
+        if _by_keras(entry)
         for key in _DROPPED.get(entry["class_name"], ())
         if key in entry["config"]
     ]
     return bool(dropped)
+
+
+def _by_keras(entry: dict[str, Any]) -> bool:
+    return str(entry.get("module")).split(".", 1)[0] in ("keras", "builtins")
 
 
 def _reference(name: str) -> dict[str, Any]:

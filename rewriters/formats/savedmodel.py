@@ -33,7 +33,8 @@ def read(path: str) -> Saved:
         raise RewriteError(
             "keras_metadata.pb, in which Keras describes the model, is missing",
             expected="the whole folder that model.save wrote",
-            fix="Fetch that file too, or wrap the rest with keras.layers.TFSMLayer",
+            fix="Fetch that file too; where there is none, as tf.saved_model.save "
+            "writes none, wrap the folder with keras.layers.TFSMLayer",
         )
     if root is None:
         raise RewriteError(

@@ -19,7 +19,7 @@ from keras import tree
 from keras.src.models.functional import Functional, functional_like_constructor
 
 from rewriters import transfer
-from rewriters.errors import RewriteError
+from rewriters.errors import RewriteError, reason
 from rewriters.exchange import (
     Exchange,
     build_like,
@@ -166,7 +166,7 @@ class _Copier:
             raise RewriteError(
                 f"{type(layer).__name__} {layer.name!r} cannot be rebuilt from its"
                 " config",
-                got=str(error).splitlines()[0],
+                got=reason(error),
                 expected="a class whose `from_config` takes what `get_config` gives",
                 fix="Give it a `get_config` that returns its constructor's arguments",
             ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class RewriteError(ValueError):
     """Raised when a model cannot be read, edited or saved as asked.
@@ -36,3 +38,14 @@ class RewriteError(ValueError):
 
 def _rebuild(cls, what, got, expected, fix):
     return cls(what, got=got, expected=expected, fix=fix)
+
+
+# Keras sets what a layer's call raised in bold, between words of its own.
+_WRAPPED = re.compile(r"Exception encountered when .*?\x1b\[1m(.*?)\x1b\[0m", re.S)
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why, of what may be somebody else's error of many."""
+    wrapped = _WRAPPED.search(str(error))
+    text = wrapped[1] if wrapped else str(error)
+    return (text.strip() or repr(error)).splitlines()[0]

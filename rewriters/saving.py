@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from rewriters.errors import RewriteError
+from rewriters.errors import RewriteError, reason
 
 
 SUFFIXES = (".keras", ".h5", ".hdf5")
@@ -48,10 +48,9 @@ def save(
         with replacing(path) as partial:
             keras.saving.save_model(model, partial)
     except Exception as e:
-        first = (str(e).strip() or repr(e)).splitlines()[0]
         raise RewriteError(
             f"The model {model.name!r} could not be saved at {str(path)!r}",
-            got=f"{type(e).__name__}: {first}",
+            got=f"{type(e).__name__}: {reason(e)}",
             fix="Nothing was changed",
         ) from e
     return pathlib.Path(path)

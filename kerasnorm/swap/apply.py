@@ -18,6 +18,7 @@ from kerasnorm.swap.plan import Plan, opened, plan
 from kerasnorm.swap.report import Report
 from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
 from rewriters.edit import Edited, custom_objects_of, edit
+from rewriters.errors import reason
 from rewriters.graph import Site, SiteMap
 from rewriters.saving import check_target, save
 
@@ -189,7 +190,7 @@ def _made(edit: Edit) -> Any:
     except (TypeError, ValueError) as error:
         raise KerasNormError(
             f"the layer at {edit.path!r} cannot be made",
-            got=str(error).strip().splitlines()[0],
+            got=reason(error),
             fix="Register its own classes and functions with "
             "`keras.saving.register_keras_serializable`.",
         ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 import keras
 
-from rewriters.errors import RewriteError
+from rewriters.errors import RewriteError, reason
 from rewriters.formats import (
     archive,
     hdf5,
@@ -92,10 +92,9 @@ def load(
         what = f"Cannot load {path!r}: {e.what}"
         raise RewriteError(what, got=e.got, expected=e.expected, fix=e.fix) from e
     except Exception as e:
-        first = (str(e).strip() or repr(e)).splitlines()[0]
         raise RewriteError(
             f"Cannot load {path!r}",
-            got=f"{type(e).__name__}: {first}",
+            got=f"{type(e).__name__}: {reason(e)}",
             expected="a file that model.save wrote, whole",
             fix="If the file is sound, pass its classes in custom_objects",
         ) from e

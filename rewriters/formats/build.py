@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras.src.backend.common import global_state
 
-from rewriters.errors import RewriteError
+from rewriters.errors import RewriteError, reason
 from rewriters.formats.modernize import problems
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
 from rewriters.formats.tensorflow_ops import Unsupported
@@ -71,6 +71,8 @@ def build(spec: Spec) -> Any:
     """Returns the layer or model that `spec` describes."""
     if spec.layers is None:
         model = _layer(spec)
+        if spec.input_shape is not None:
+            _call(model, spec)
     elif spec.outputs is None:
         model = spec.cls([build(s) for s in spec.layers], name=spec.name)
     else:
@@ -107,9 +109,35 @@ def _layer(spec: Spec) -> Any:
 
     config = {k: made(v) for k, v in spec.config.items()}
     wraps = any(config[k] is not v for k, v in spec.config.items())
-    if wraps or not hasattr(spec.cls, "from_config"):
-        return spec.cls(**config)
-    return spec.cls.from_config(config)
+    plain = wraps or not hasattr(spec.cls, "from_config")
+    layer = spec.cls(**config) if plain else spec.cls.from_config(config)
+    if "name" not in config:  # a class of one's own that does not take one
+        layer.name = spec.name
+    return layer
+
+
+def _call(model: Any, spec: Spec) -> None:
+    """Calls a subclassed model on no values, which builds the layers that it holds."""
+
+    def symbolic(shape: Any) -> Any:
+        if isinstance(shape, dict):
+            return {k: symbolic(v) for k, v in shape.items()}
+        if all(size is None or isinstance(size, int) for size in shape):
+            return keras.KerasTensor((None, *shape[1:]))
+        return [symbolic(s) for s in shape]
+
+    try:
+        keras.src.backend.compute_output_spec(model, symbolic(spec.input_shape))
+    except Exception as e:  # the class is the user's
+        if makes_variables_of_values(e):
+            raise
+        raise RewriteError(
+            f"The class {spec.kind!r} cannot be called",
+            got=f"{type(e).__name__}: {reason(e)} on inputs of {spec.input_shape}",
+            expected="a model that runs under Keras 3 on what the stored one was "
+            "built for",
+            fix="Mend the class given for it",
+        ) from e
 
 
 def _functional(spec: Spec) -> Any:

@@ -15,7 +15,7 @@ import h5py
 import keras
 from keras.src.utils.dtype_utils import dtype_size
 
-from rewriters.errors import RewriteError
+from rewriters.errors import RewriteError, reason
 from rewriters.formats import hdf5
 from rewriters.formats.build import deferred, discard, makes_variables_of_values
 from rewriters.formats.modernize import check_names, problems
@@ -58,7 +58,7 @@ def load(
             except Exception as e:
                 model = keras.saving.load_model(checked, compile=False, **arguments)
                 warnings.warn(
-                    f"The model is not compiled: {str(e).splitlines()[0]}",
+                    f"The model is not compiled: {reason(e)}",
                     stacklevel=3,
                 )
                 return model

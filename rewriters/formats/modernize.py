@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.utils.naming import to_snake_case
 
 from rewriters.errors import RewriteError
 from rewriters.formats import foreign, keras1, keras2, tensorflow_ops
@@ -56,6 +57,10 @@ def modernize(
     translator = _Translator(saved.generation, custom_objects, lambdas, safe_mode)
     with keras.saving.custom_object_scope(custom_objects):
         spec = translator.entry(saved.config)
+    if spec.layers is None:
+        built = saved.config.get("build_config") or {}
+        shape = built.get("input_shape", saved.config.get("build_input_shape"))
+        spec.input_shape = decode(shape)
     check_names(lambdas, translator.replaceable)
     error = problems(
         translator.missing, translator.refused, translator.operations, translator.lost
@@ -93,7 +98,7 @@ class _Translator:
         if isinstance(config, list):  # Sequential of Keras 1 and early Keras 2
             config = {"layers": config}
         config = {k: v for k, v in config.items() if k != "shared_object_id"}
-        name = safe_name(entry.get("name") or config.get("name") or bare.lower())
+        name = safe_name(entry.get("name") or config.get("name") or to_snake_case(bare))
         custom = self._custom(names)
         if self._is_model(bare, config):
             spec = self._model(bare, config, custom)
@@ -112,11 +117,14 @@ class _Translator:
             spec = Spec(name, bare, custom, keras2.values(config, self.generation))
         else:
             spec = self._known(names, config, entry)
-        return self._finished(spec, name, bare, config)
+        return self._finished(spec, name, bare, config, own=custom is not None)
 
-    def _finished(self, spec: Spec, name: str, kind: str, config: dict) -> Spec:
+    def _finished(
+        self, spec: Spec, name: str, kind: str, config: dict, own: bool = False
+    ) -> Spec:
         spec.name, spec.kind = name, kind
-        if spec.layers is None and not spec.operation:
+        takes_name = "name" in config or not own  # a class of one's own need not
+        if spec.layers is None and not spec.operation and takes_name:
             spec.config["name"] = name
         trainable = config.get("trainable")
         spec.trainable = trainable if isinstance(trainable, bool) else None
@@ -321,6 +329,7 @@ class _Translator:
                 fix="Save it as one with the Keras that wrote it",
             )
         layers = [self.entry(e) for e in entries]
+        _tell_apart(layers)
         if layers[0].kind != "InputLayer":
             shape = _input_shape(entries[0]) or config.get("build_input_shape")
             if shape is not None:
@@ -380,6 +389,17 @@ def problems(
         expected="layers that Keras 3 or a registered package knows",
         fix=". ".join(fixes),
     )
+
+
+def _tell_apart(layers: list[Spec]) -> None:
+    """Numbers layers of one name: the config of a class of one's own may have none."""
+    taken: set[str] = set()
+    for spec in layers:
+        name, count = spec.name, 0
+        while spec.name in taken:
+            count += 1
+            spec.name = f"{name}_{count}"
+        taken.add(spec.name)
 
 
 def _call_operation(cls: type, config: dict[str, Any], *args, **kwargs):

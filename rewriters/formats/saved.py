@@ -66,6 +66,12 @@ class Saved:
         2.12 and 2.13 found one as `layer_with_weights-0` and again as `layer-1`."""
         return self.version.startswith(("2.12.", "2.13."))
 
+    @property
+    def walks_back(self) -> bool:
+        """Whether an archive's layers were met in the order of their attributes' names
+        from the end, as since Keras 2.15."""
+        return not self.version.startswith(("2.12.", "2.13.", "2.14."))
+
 
 def parse_json(text: str | bytes, what: str) -> Any:
     """Returns the parsed `text`, or raises a `RewriteError` naming `what`."""

@@ -43,7 +43,7 @@ def read(path: str) -> Saved:
             expected="a SavedModel written by model.save of Keras 2",
             fix="Wrap it as it is with keras.layers.TFSMLayer",
         )
-    if not isinstance(root.get("config"), dict) or not root["config"].get("layers"):
+    if not isinstance(root.get("config"), dict):
         raise RewriteError(
             f"The model {root.get('name')!r} was saved without its config",
             got=f"the subclassed model {root.get('class_name')!r}",
@@ -51,9 +51,15 @@ def read(path: str) -> Saved:
             fix="Build it in code and load its weights from the SavedModel",
         )
     arrays = _arrays(path, nodes)
-    layers = {}
-    for name, node in _layer_nodes(nodes, metadata):
-        layers[name] = [arrays[i] for i in _variables(nodes, node) if i in arrays]
+    own = "layers" not in root["config"]
+    found = _attributes(nodes) if own else _layer_nodes(nodes, metadata)
+    layers = {
+        name: [arrays[i] for i in _variables(nodes, node) if i in arrays]
+        for name, node in found
+    }
+    if own:
+        held = nodes[0]["children"].values()
+        layers[""] = [arrays[i] for i in held if i in arrays]
     return Saved(
         config=check_model_entry(root),
         version=_version(root),
@@ -101,6 +107,10 @@ def _by_keras(node: dict[str, Any]) -> bool:
     return node.get("identifier", "").startswith("_tf_keras")
 
 
+def _is_layer(node: dict[str, Any]) -> bool:
+    return _by_keras(node) and node["identifier"] != "_tf_keras_metric"
+
+
 def _metadata(path: str, nodes: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Keras's JSON by object; its own file since TensorFlow 2.5, else in the graph."""
     found: dict[int, str] = {}
@@ -126,6 +136,18 @@ def _layer_nodes(nodes, metadata) -> list[tuple[str, int]]:
             if i in metadata:
                 found[str(metadata[i].get("name"))] = i
     return list(found.items())
+
+
+def _attributes(nodes) -> list[tuple[str, int]]:
+    """The layers that a subclassed model holds, by the path of their attribute, as
+    `"head"`, or `"blocks/0"` in a list or dict."""
+    found = []
+    for name, i in nodes[0]["children"].items():
+        held = {name: i}
+        if nodes[i].get("identifier", "").startswith("trackable_"):
+            held = {f"{name}/{key}": j for key, j in nodes[i]["children"].items()}
+        found += [(path, j) for path, j in held.items() if _is_layer(nodes[j])]
+    return found
 
 
 def _optimizer(nodes, arrays: dict[int, Array]) -> list[Array]:

@@ -38,6 +38,8 @@ class Spec:
         outputs: likewise of its outputs; None makes a model sequential.
         trainable: the layer's flag, None where the file does not say.
         rename: stored variable name to this layer's, None for one not needed.
+        input_shape: of a subclassed model, whose layers only a call builds: the
+            shape of its inputs, batch included, in their structure.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Spec:
     trainable: bool | None = None
     operation: bool = False
     rename: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    input_shape: Any = None
 
 
 def map_refs(function: Callable[[Ref], Any], value: Any) -> Any:

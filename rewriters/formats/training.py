@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from rewriters.formats.pairing import pair
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import safe_name
-from rewriters.formats.weights import pair
 
 
 _OPTIMIZER_WORDS = {"lr": "learning_rate"}

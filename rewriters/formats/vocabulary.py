@@ -10,7 +10,7 @@ import keras
 from rewriters.formats.hdf5 import array, child
 from rewriters.formats.saved import Saved
 from rewriters.formats.spec import Spec
-from rewriters.formats.weights import held
+from rewriters.formats.tree import held
 
 
 LAYERS = (

@@ -6,23 +6,15 @@ fails. Nothing is read before all of them have.
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from rewriters.errors import RewriteError
-from rewriters.formats import keras1
-from rewriters.formats.hdf5 import array as h5_array
-from rewriters.formats.hdf5 import child
+from rewriters.formats import keras1, tree
+from rewriters.formats.pairing import Pairs, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import Spec, safe_name
-
-
-Pairs = list[tuple[Any, Array]]
 
 
 def match(model: Any, spec: Spec, saved: Saved) -> Pairs:
@@ -31,18 +23,18 @@ def match(model: Any, spec: Spec, saved: Saved) -> Pairs:
     Raises:
         RewriteError: if an array is missing, left over or of another shape.
     """
-    pairs = _match_tree(model, spec, saved) if saved.tree else []
+    pairs = tree.match(model, spec, saved) if saved.tree else []
     pairs = pairs or _match_layers(model, spec, saved)
     if saved.generation < 3:
         pairs = _laid_out(model, pairs, saved)
     done = {id(v) for v, _ in pairs}
-    missing = [v.path for v in _weights(model) if id(v) not in done]
+    missing = [v.path for v in weights(model) if id(v) not in done]
     if missing:
-        raise _mismatch("Weights are missing", f"no array for {missing[:5]}")
+        raise mismatch("Weights are missing", f"no array for {missing[:5]}")
     pairs = [(v, _without_leading_ones(v, a)) for v, a in pairs]
     for variable, array in pairs:
         if tuple(variable.shape) != tuple(array.shape):
-            raise _mismatch(
+            raise mismatch(
                 f"The weight {variable.path} has another shape in the file",
                 f"{array.shape} for {tuple(variable.shape)}",
             )
@@ -57,12 +49,6 @@ def _without_leading_ones(variable: Any, array: Array) -> Array:
     return _read_as(array, wanted, lambda x: x.reshape(wanted))
 
 
-def _weights(layer: Any) -> list[Any]:
-    """A layer's weights, trainable ones first, without a stateful layer's states."""
-    weights = layer.trainable_weights + layer.non_trainable_weights
-    return [v for v in weights if v.name != "rnn_state"]
-
-
 def values(pairs: Pairs) -> dict[int, np.ndarray]:
     """Reads the arrays, by the id of their variable."""
     return {id(variable): array.read() for variable, array in pairs}
@@ -72,7 +58,7 @@ def values(pairs: Pairs) -> dict[int, np.ndarray]:
 
 
 def _match_layers(model: Any, spec: Spec, saved: Saved) -> Pairs:
-    layers = {layer.name: layer for layer in model.layers}
+    layers = _by_name(model, spec, saved)
     specs = {s.name: s for s in spec.layers or ()}
     pairs: Pairs = []
     for stored, arrays in saved.layers.items():
@@ -81,18 +67,54 @@ def _match_layers(model: Any, spec: Spec, saved: Saved) -> Pairs:
             continue
         if name == "":
             variables = model._trainable_variables + model._non_trainable_variables
-        elif name in layers:
-            layer = layers[name]
-            variables = _weights(layer)
+        elif layers.get(name) is not None:
+            variables = weights(layers[name])
         elif name in specs:  # no output needs it, as a loss that was added did
             continue
         else:
-            raise _mismatch("The file has weights of an unknown layer", repr(name))
+            raise mismatch("The file has weights of an unknown layer", repr(name))
         arrays = _renamed(arrays, specs.get(name))
         if saved.generation == 1:
             arrays = _merged_gates(arrays, variables)
         pairs += pair(variables, arrays, f"the layer {name!r}")
     return pairs
+
+
+def _by_name(model: Any, spec: Spec, saved: Saved) -> dict[str, Any]:
+    """The layers of `model` by the names that the file has for them.
+
+    A subclassed model's are the paths of its attributes. Layers whose config has no
+    name, as that of a class of one's own may, are those of the names that no other
+    has, in order, if there are as many.
+    """
+    if spec.layers is None:
+        return {safe_name(path): _attribute(model, path) for path in saved.layers}
+    layers = {layer.name: layer for layer in model.layers}
+    nameless = [
+        layers.pop(s.name)
+        for s in spec.layers
+        if s.layers is None and s.name in layers and "name" not in s.config
+    ]
+    nameless = [layer for layer in nameless if weights(layer)]
+    known = {s.name for s in spec.layers if s.name in layers}
+    stored = [
+        safe_name(name) for name, arrays in saved.layers.items() if name and arrays
+    ]
+    unknown = [name for name in stored if name not in known]
+    if len(unknown) != len(nameless):
+        return {**layers, **{layer.name: layer for layer in nameless}}
+    return {**layers, **dict(zip(unknown, nameless, strict=True))}
+
+
+def _attribute(model: Any, path: str) -> Any:
+    """The layer at a path as `"head"`, `"blocks/0"` or `"branches/left"`."""
+    name, _, key = path.partition("/")
+    held = getattr(model, name, None)
+    if isinstance(held, (list, tuple)) and key.isdigit():
+        held = held[int(key)] if int(key) < len(held) else None
+    elif isinstance(held, dict):
+        held = held.get(key)
+    return held if isinstance(held, keras.layers.Layer) else None
 
 
 def _renamed(arrays: list[Array], spec: Spec | None) -> list[Array]:
@@ -112,43 +134,6 @@ def _renames(spec: Spec) -> dict[str, str | None]:
     for s in [*(spec.layers or ()), *inner]:
         found |= _renames(s)
     return found | spec.rename
-
-
-def pair(variables: list[Any], arrays: list[Array], where: str) -> Pairs:
-    """Pairs the variables of one layer with its arrays.
-
-    By owner and name (`conv2d/kernel`) if these tell all of them apart. Else by
-    name, each name in its own order, which holds whatever was frozen. Else, where
-    a layer uses names of its own, by order.
-    """
-    if len(variables) != len(arrays):
-        raise _mismatch(
-            f"{where} has another number of weights in the file",
-            f"{len(arrays)} arrays for {len(variables)} variables",
-        )
-    for key_of_variable, key_of_array in (
-        (lambda v: _key(v.path, 2), lambda a: _key(a.name, 2)),
-        (lambda v: _key(v.path, 1), lambda a: _key(a.name, 1)),
-    ):
-        ours, theirs = defaultdict(list), defaultdict(list)
-        for variable in variables:
-            ours[key_of_variable(variable)].append(variable)
-        for array in arrays:
-            theirs[key_of_array(array)].append(array)
-        if Counter({k: len(v) for k, v in ours.items()}) == Counter(
-            {k: len(v) for k, v in theirs.items()}
-        ):
-            return [(v, theirs[key_of_variable(v)].pop(0)) for v in variables]
-    return list(zip(variables, arrays, strict=True))
-
-
-def _key(path: str, length: int) -> tuple[str, ...]:
-    """The last parts of a variable's path, without the numbers TensorFlow adds."""
-    parts = [p for p in re.sub(r":\d+$", "", path).split("/") if p]
-    if length == 1 and len(parts) == 1:
-        parts = [keras1.variable(parts[0])[1]]
-    tail = re.sub(r"_\d+$", "", parts[-1]) if parts else ""
-    return (*parts[-length:-1], tail)
 
 
 # Layouts of other generations and backends
@@ -275,133 +260,3 @@ class _Concatenated:
 
     def __call__(self) -> np.ndarray:
         return np.concatenate([p.read() for p in self.parts], axis=-1)
-
-
-# By place in the tree: `.keras` archives of Keras 2
-
-
-def _match_tree(model: Any, spec: Spec, saved: Saved) -> Pairs:
-    pairs: Pairs = []
-    _walk_tree(model, spec, saved.tree, pairs, twice=saved.counts_twice)
-    return pairs
-
-
-def _walk_tree(layer: Any, spec: Spec, group: Any, pairs: Pairs, twice: bool) -> None:
-    if spec.layers is not None:
-        _walk_model(layer, spec, group, pairs, twice)
-        return
-    if spec.rename:
-        _walk_renamed(layer, spec, group, pairs)
-        return
-    own = layer._trainable_variables + layer._non_trainable_variables
-    own = [v for v in own if any(v is w for w in _weights(layer))]
-    stored = child(group, "vars") if "vars" in group else None
-    indexes = sorted(stored or (), key=int)
-    if len(indexes) != len(own):
-        raise _mismatch(
-            f"The layer {layer.name!r} has another number of weights in the file",
-            f"{len(indexes)} arrays for {len(own)} variables",
-        )
-    pairs += [(v, h5_array(stored, i)) for v, i in zip(own, indexes, strict=True)]
-    for key in group:
-        inner = getattr(layer, key, None)
-        if key == "vars" or inner is None:
-            continue
-        if isinstance(inner, (list, tuple)):
-            specs = [_inner_spec(spec, key, layer, i) for i, layer in enumerate(inner)]
-            for layer, inside, name in zip(inner, specs, places(specs), strict=True):
-                _walk_tree(layer, inside, child(group, f"{key}/{name}"), pairs, twice)
-        elif isinstance(inner, keras.layers.Layer):
-            inside = _inner_spec(spec, key, inner)
-            _walk_tree(inner, inside, child(group, key), pairs, twice)
-
-
-def _inner_spec(spec: Spec, key: str, layer: Any, index: int = 0) -> Spec:
-    value = spec.config.get(key, spec.config.get("layer"))
-    if isinstance(value, list):
-        value = value[index]
-    if isinstance(value, Spec):
-        return value
-    return Spec(layer.name, type(layer).__name__, type(layer))
-
-
-def places(specs: list[Spec], twice: Collection[str] = ()) -> list[str]:
-    """Names of layers in a list: their class, numbered where it comes again, which
-    counts those of the names in `twice` as two."""
-    counts: Counter[str] = Counter()
-    places = []
-    for spec in specs:
-        name = _snake(spec.kind)
-        places.append(f"{name}_{counts[name]}" if counts[name] else name)
-        counts[name] += 2 if spec.name in twice else 1
-    return places
-
-
-def held(
-    model: Any, spec: Spec, twice: bool
-) -> Iterator[tuple[Any, Spec, tuple[str, str]]]:
-    """The layers of a model, with the places where an archive may keep them.
-
-    Args:
-        twice: whether those with weights count twice, see `Saved.counts_twice`.
-    """
-    layers = {layer.name: layer for layer in model.layers}
-    heavy = [  # a vocabulary was a weight
-        name
-        for name, layer in layers.items()
-        if _weights(layer) or hasattr(layer, "get_vocabulary")
-    ]
-    specs = spec.layers or []
-    names = places(specs, heavy if twice else ())
-    for s, name in zip(specs, names, strict=True):
-        if s.name in layers:
-            found = f"layers/{name}", f"_layer_checkpoint_dependencies/{name}"
-            yield layers[s.name], s, found
-
-
-def _walk_model(model: Any, spec: Spec, group: Any, pairs: Pairs, twice: bool) -> None:
-    for layer, s, names in held(model, spec, twice):
-        if not _weights(layer):
-            continue
-        place = next((name for name in names if name in group), None)
-        if place is not None:
-            _walk_tree(layer, s, child(group, place), pairs, twice)
-        else:  # shared with another model, and stored there
-            pairs += _stored_before(layer, pairs)
-
-
-def _stored_before(layer: Any, pairs: Pairs) -> Pairs:
-    """The arrays that the first variables of the same paths were given."""
-    arrays = {v.path: a for v, a in reversed(pairs)}
-    missing = [v.path for v in layer.weights if v.path not in arrays]
-    if missing:
-        raise _mismatch("Weights are missing", f"no group for the layer {layer.name!r}")
-    return [(v, arrays[v.path]) for v in layer.weights]
-
-
-def _walk_renamed(layer: Any, spec: Spec, group: Any, pairs: Pairs) -> None:
-    places: list[str] = []
-    group.visititems(
-        lambda name, item: places.append(name) if hasattr(item, "shape") else None
-    )
-    arrays = []
-    for place in places:
-        name = spec.rename.get(place, place)
-        if name is not None:
-            found = h5_array(group, place)
-            arrays.append(Array(name, found.shape, found.read))
-    pairs += pair(_weights(layer), arrays, f"the layer {layer.name!r}")
-
-
-def _snake(name: str) -> str:
-    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-def _mismatch(what: str, got: str) -> RewriteError:
-    return RewriteError(
-        what,
-        got=got,
-        expected="one array of the right shape for every weight of the model",
-        fix="The file is damaged, or of another model: fetch or save it again",
-    )

@@ -1,0 +1,68 @@
+"""The variables of one layer and its stored arrays, each with its counterpart."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+from rewriters.errors import RewriteError
+from rewriters.formats import keras1
+from rewriters.formats.saved import Array
+
+
+Pairs = list[tuple[Any, Array]]
+
+
+def weights(layer: Any) -> list[Any]:
+    """A layer's weights, trainable ones first, without a stateful layer's states."""
+    found = layer.trainable_weights + layer.non_trainable_weights
+    return [v for v in found if v.name != "rnn_state"]
+
+
+def pair(variables: list[Any], arrays: list[Array], where: str) -> Pairs:
+    """Pairs the variables of one layer with its arrays.
+
+    By owner and name (`conv2d/kernel`) if these tell all of them apart. Else by
+    name, each name in its own order, which holds whatever was frozen. Else, where
+    a layer uses names of its own, by order.
+    """
+    if len(variables) != len(arrays):
+        raise mismatch(
+            f"{where} has another number of weights in the file",
+            f"{len(arrays)} arrays for {len(variables)} variables",
+        )
+    for key_of_variable, key_of_array in (
+        (lambda v: _key(v.path, 2), lambda a: _key(a.name, 2)),
+        (lambda v: _key(v.path, 1), lambda a: _key(a.name, 1)),
+    ):
+        ours, theirs = defaultdict(list), defaultdict(list)
+        for variable in variables:
+            ours[key_of_variable(variable)].append(variable)
+        for array in arrays:
+            theirs[key_of_array(array)].append(array)
+        if Counter({k: len(v) for k, v in ours.items()}) == Counter(
+            {k: len(v) for k, v in theirs.items()}
+        ):
+            return [(v, theirs[key_of_variable(v)].pop(0)) for v in variables]
+    return list(zip(variables, arrays, strict=True))
+
+
+def _key(path: str, length: int) -> tuple[str, ...]:
+    """The last parts of a variable's path, without the numbers TensorFlow adds."""
+    parts = [p for p in re.sub(r":\d+$", "", path).split("/") if p]
+    if length == 1 and len(parts) == 1:
+        parts = [keras1.variable(parts[0])[1]]
+    tail = re.sub(r"_\d+$", "", parts[-1]) if parts else ""
+    return (*parts[-length:-1], tail)
+
+
+def mismatch(what: str, got: str) -> RewriteError:
+    """An error of weights that are not those of the model."""
+    return RewriteError(
+        what,
+        got=got,
+        expected="one array of the right shape for every weight of the model",
+        fix="The file is damaged, or of another model: fetch or save it again, or "
+        "give the class that it was saved from",
+    )

@@ -435,7 +435,8 @@ def test_distill_leaves_frozen_layers_and_compile_state_alone(rng):
     assert student.optimizer is optimizer
     assert int(optimizer.iterations) == 0
     assert result.history["loss"][-1] < result.history["loss"][0]
-    assert not result.notes  # the outputs came nearer
+    # The outputs came nearer, so nothing else is said.
+    assert result.notes == ("not solved, frozen: conv1",)
     assert not student.get_layer("conv1").trainable
 
 
@@ -883,3 +884,68 @@ def test_convolutions_with_channels_first_are_the_same_problem(rng):
     np.testing.assert_allclose(problem.forward(rows), targets, rtol=1e-4, atol=1e-5)
     expected = np.take_along_axis(y.reshape(2, -1, 5), picked[..., None], 1)
     np.testing.assert_array_equal(targets, expected.reshape(-1, 5))
+
+
+def linear_layers():
+    """Layers with a least-squares problem, over what changes which inputs meet."""
+    for stride, dilation in ((1, 1), (2, 1), (4, 1), (1, 2)):
+        for padding in ("same", "valid"):
+            given = {"strides": stride, "dilation_rate": dilation, "padding": padding}
+            yield layers.Conv2D(6, (2, 3), **given)
+            yield layers.Conv2D(6, 3, groups=2, **given)
+            yield layers.DepthwiseConv2D(3, depth_multiplier=2, **given)
+            yield layers.SeparableConv2D(5, 3, depth_multiplier=2, **given)
+            yield layers.Conv2DTranspose(5, (3, 2), **given)
+            yield layers.Conv1DTranspose(5, 3, **given)
+    yield layers.Conv1D(4, 3, padding="causal", dilation_rate=2)
+    yield layers.DepthwiseConv1D(3)
+    yield layers.SeparableConv1D(4, 3, 2)
+    yield layers.Conv3D(4, 2, 2, groups=2)
+    yield layers.Conv3DTranspose(3, 3, 2, "same")
+    yield layers.Dense(5)
+
+
+def test_linear_layers_are_rows_times_matrices(rng):
+    for layer in linear_layers():
+        rank = getattr(layer, "rank", 2)
+        x = rng.normal(size=(2, *(6, 7, 5)[:rank], 4)).astype("float32")
+        layer.build(x.shape)
+        for v in layer.variables:
+            v.assign(rng.normal(size=v.shape))
+        y = keras.ops.convert_to_numpy(layer(x))
+        problem = linear.problem(layer)
+        picked = np.tile(np.arange(np.prod(y.shape[1:-1])), (len(x), 1))
+        rows = problem.rows(x, y.shape, picked)
+        wanted = y.reshape(-1, y.shape[-1])
+        message = str(layer.get_config())
+        np.testing.assert_allclose(
+            problem.forward(rows), wanted, rtol=1e-4, atol=1e-4, err_msg=message
+        )
+        # Without a pull, what the layer gave is found again from another start.
+        kernel = keras.ops.convert_to_numpy(problem.kernel)
+        problem.kernel.assign(kernel + 0.1 * rng.normal(size=kernel.shape))
+        problem.update(rows, wanted, 0.0)
+        np.testing.assert_allclose(
+            layer(x), y, rtol=2e-3, atol=2e-3 * np.abs(y).max(), err_msg=message
+        )
+
+
+def test_what_is_not_solved_is_told(rng):
+    inputs = x = keras.Input((8, 4))
+    x = layers.BatchNormalization(name="bn")(layers.Conv1D(8, 3, name="first")(x))
+    shared = layers.Dense(8, name="shared")
+    x = shared(shared(x))
+    x = layers.Dense(8, name="frozen", trainable=False)(x)
+    x = layers.GRU(4, name="gru")(layers.DepthwiseConv1D(3, name="depthwise")(x))
+    model = randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)), rng)
+    data = rng.normal(size=(64, 8, 4)).astype("float32")
+    _, report = kerasnorm.rewrite(
+        model, "ln", data=data, fit="refit", return_report=True, verbose=False
+    )
+    assert report.fit.refitted == ("depthwise", "head")
+    for told in (
+        "called several times: shared",
+        "frozen: frozen",
+        "no problem of least squares: GRU: gru",
+    ):
+        assert told in report.summary()

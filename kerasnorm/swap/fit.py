@@ -25,6 +25,8 @@ from kerasnorm.swap.walk import SiteFit, Walk
 
 # Samples that the closed-form part of each fit uses, at most.
 SAMPLES = {"affine": 1024, "refit": 2048, "distill": 2048}
+# So many paths are named in one note, at most.
+FEW = 3
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,10 @@ def fit(
     if inputs.cut and inputs.stream is None:
         notes.append(f"the first {len(inputs)} samples were used, to save memory")
     if method != "affine" and not walk.refitted:
-        notes.append(
-            "no linear layer was solved: those that are wrapped, frozen or called "
-            "several times stay as they are"
-        )
+        notes.append("no linear layer was solved")
+    for why, paths in walk.unsolved.items():
+        more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""
+        notes.append(f"not solved, {why}: {', '.join(paths[:FEW])}{more}")
     return FitResult(
         method,
         tuple(walk.sites.values()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -15,90 +16,248 @@ from kerasnorm.swap.rows import Array, assign, numpy_of
 MAX_COLUMNS = 6144
 
 
-def problem(layer: Any) -> Linear | None:
-    """The layer's least-squares problem, None where it has none that is worth it."""
-    layers = keras.layers
-    known = (layers.Dense, layers.Conv1D, layers.Conv2D, layers.Conv3D)
-    if type(layer) not in known or not layer.trainable:
-        return None
-    if getattr(layer, "groups", 1) != 1:
-        return None
-    found = Linear(layer)
-    return found if found.columns <= MAX_COLUMNS else None
-
-
 class Linear:
-    """A dense layer or convolution, outputs as a matrix product of patches."""
+    """A linear layer whose outputs are, group by group, rows times a matrix.
+
+    Attributes:
+        layer: the layer.
+        kernel: the variable that is solved.
+        groups: number of groups; the outputs of each depend on its own columns.
+        columns: inputs of one output.
+    """
 
     def __init__(self, layer: Any):
         self.layer = layer
-        self.conv = not isinstance(layer, keras.layers.Dense)
-        self.shape = tuple(layer.kernel.shape)
-        self.columns = int(np.prod(self.shape[:-1]))
+        self.kernel = self._variable()
+        self.groups = self._groups()
+        self.columns = self.matrices().shape[1]
+
+    # What a kind of layer says; these are a dense layer's.
+
+    def _variable(self) -> Any:
+        return self.layer.kernel
+
+    def _groups(self) -> int:
+        return 1
+
+    def matrices(self) -> Array:
+        """The kernel as `(groups, columns, outputs of a group)`."""
+        kernel = numpy_of(self.kernel)
+        return kernel.reshape(1, -1, kernel.shape[-1])
+
+    def _kernel_of(self, matrices: Array) -> Array:
+        return matrices.reshape(self.kernel.shape)
 
     def channels_last(self, value: Any) -> Array:
         """An input or output of the layer, channels last."""
-        value = numpy_of(value)
-        first = self.conv and self.layer.data_format == "channels_first"
-        return np.moveaxis(value, 1, -1) if first else value
+        return numpy_of(value)
 
     def rows(self, x: Any, shape: tuple[int, ...], picked: Array) -> Array:
-        """What the kernel is multiplied with, (rows, columns), at picked positions
-        of an output of this shape, channels last."""
+        """What the matrices are multiplied with, at picked positions of an output of
+        this shape, channels last: `(rows, groups, columns)`."""
         x = self.channels_last(x)
-        if self.conv:
-            return self._patches(x, picked, tuple(shape[1:-1]))
         x = x.reshape(len(x), -1, x.shape[-1])
-        return np.take_along_axis(x, picked[..., None], 1).reshape(-1, x.shape[-1])
+        return np.take_along_axis(x, picked[..., None], 1).reshape(-1, 1, x.shape[-1])
+
+    # What all have in common.
 
     def targets(self, old: Any, x: Any, y: Array, picked: Array) -> Array:
         """The old layer's outputs before its activation, (rows, outputs); `y` has its
         channels last."""
         if old.activation is not keras.activations.linear:
-            return Linear(old).forward(self.rows(x, y.shape, picked))
+            other = type(self)(old)
+            return other.forward(other.rows(x, y.shape, picked))
         y = y.reshape(len(y), -1, y.shape[-1])
         return np.take_along_axis(y, picked[..., None], 1).reshape(-1, y.shape[-1])
 
     def forward(self, x: Array) -> Array:
         """The layer's outputs before its activation for rows of its inputs."""
-        y = x @ numpy_of(self.layer.kernel).reshape(-1, self.shape[-1])
+        y = np.matmul(x.swapaxes(0, 1), self.matrices())
+        y = y.swapaxes(0, 1).reshape(len(x), -1)
         return y + numpy_of(self.layer.bias) if self.layer.use_bias else y
 
-    def _patches(self, x: Array, picked: Array, lead: tuple[int, ...]) -> Array:
+    def update(self, x: Array, y: Array, pull: float) -> None:
+        """Moves the kernel so that the outputs for the rows x come close to y."""
         layer = self.layer
-        kernel, strides, dilation = (
-            layer.kernel_size,
-            layer.strides,
-            layer.dilation_rate,
-        )
+        missing = (y - self.forward(x)).reshape(len(y), self.groups, -1)
+        solved = [
+            solve.ridge(x[:, g], missing[:, g], pull, layer.use_bias)
+            for g in range(self.groups)
+        ]
+        change = np.stack([change for change, _ in solved])
+        assign(self.kernel, self._kernel_of(self.matrices().astype("float64") + change))
+        if layer.use_bias:
+            shift = np.concatenate([shift for _, shift in solved])
+            assign(layer.bias, numpy_of(layer.bias).astype("float64") + shift)
+
+
+class Convolution(Linear):
+    """A convolution, of one group or more: rows are patches."""
+
+    def _groups(self) -> int:
+        return self.layer.groups
+
+    def matrices(self) -> Array:
+        """See `Linear.matrices`."""
+        kernel = numpy_of(self.kernel)
+        filters = kernel.shape[-1]
+        kernel = kernel.reshape(-1, self.groups, filters // self.groups)
+        return kernel.swapaxes(0, 1)
+
+    def _kernel_of(self, matrices: Array) -> Array:
+        return matrices.swapaxes(0, 1).reshape(self.kernel.shape)
+
+    def channels_last(self, value: Any) -> Array:
+        """See `Linear.channels_last`."""
+        value = numpy_of(value)
+        first = self.layer.data_format == "channels_first"
+        return np.moveaxis(value, 1, -1) if first else value
+
+    def rows(self, x: Any, shape: tuple[int, ...], picked: Array) -> Array:
+        """See `Linear.rows`."""
+        patches = self._patches(self.channels_last(x), picked, tuple(shape[1:-1]))
+        n, taps, channels = patches.shape
+        patches = patches.reshape(n, taps, self.groups, channels // self.groups)
+        return patches.swapaxes(1, 2).reshape(n, self.groups, -1)
+
+    def _taps(self) -> Iterator[tuple[int, int, int]]:
+        """Size, stride and dilation of the kernel, by axis."""
+        layer = self.layer
+        return zip(layer.kernel_size, layer.strides, layer.dilation_rate, strict=True)
+
+    def _patches(self, x: Array, picked: Array, lead: tuple[int, ...]) -> Array:
+        """`(rows, taps, channels)`: what each picked output sees."""
         pads = []
-        for size, out, k, s, d in zip(
-            x.shape[1:-1], lead, kernel, strides, dilation, strict=True
-        ):
+        for size, out, (k, s, d) in zip(x.shape[1:-1], lead, self._taps(), strict=True):
             reach = (k - 1) * d + 1
             total = max(0, (out - 1) * s + reach - size)
-            before = {"same": total // 2, "valid": 0, "causal": reach - 1}[
-                layer.padding
-            ]
+            before = {"same": total // 2, "valid": 0, "causal": reach - 1}
+            before = before[self.layer.padding]
             pads.append((before, max(0, total - before)))
         x = np.pad(x, ((0, 0), *pads, (0, 0)))
+        return self._gathered(x, picked, lead)
+
+    def _gathered(self, x: Array, picked: Array, lead: tuple[int, ...]) -> Array:
         size = x.shape[1:-1]
         # Flat index of each patch's corner, plus that of each tap within a patch.
-        corner = np.zeros(picked.shape, np.int64)
-        for p, n, s in zip(np.unravel_index(picked, lead), size, strides, strict=True):
-            corner = corner * n + p * s
-        taps = np.zeros(1, np.int64)
-        for n, k, d in zip(size, kernel, dilation, strict=True):
+        corner, taps = np.zeros(picked.shape, np.int64), np.zeros(1, np.int64)
+        places = np.unravel_index(picked, lead)
+        for place, n, (k, s, d) in zip(places, size, self._taps(), strict=True):
+            corner = corner * n + place * s
             taps = (taps[:, None] * n + np.arange(k) * d).reshape(-1)
         corner = corner + np.arange(len(x))[:, None] * int(np.prod(size))
-        flat = x.reshape(-1, x.shape[-1])
-        return flat[corner.reshape(-1, 1) + taps].reshape(-1, len(taps) * x.shape[-1])
+        return x.reshape(-1, x.shape[-1])[corner.reshape(-1, 1) + taps]
 
-    def update(self, x: Array, y: Array, pull: float) -> None:
-        """Moves the kernel so that x @ kernel comes close to y."""
-        layer = self.layer
-        change, shift = solve.ridge(x, y - self.forward(x), pull, layer.use_bias)
-        kernel = numpy_of(layer.kernel).astype("float64")
-        assign(layer.kernel, kernel + change.reshape(self.shape))
-        if layer.use_bias:
-            assign(layer.bias, numpy_of(layer.bias).astype("float64") + shift)
+
+class Depthwise(Convolution):
+    """A depthwise convolution: a group for each channel."""
+
+    def _groups(self) -> int:
+        return self.kernel.shape[-2]
+
+    def matrices(self) -> Array:
+        """See `Linear.matrices`."""
+        kernel = numpy_of(self.kernel)
+        return kernel.reshape(-1, *kernel.shape[-2:]).swapaxes(0, 1)
+
+
+class Separable(Convolution):
+    """A separable convolution: its pointwise kernel, after the depthwise one."""
+
+    def _variable(self) -> Any:
+        return self.layer.pointwise_kernel
+
+    def _groups(self) -> int:
+        return 1
+
+    def rows(self, x: Any, shape: tuple[int, ...], picked: Array) -> Array:
+        """See `Linear.rows`."""
+        patches = super().rows(x, shape, picked)
+        depthwise = numpy_of(self.layer.depthwise_kernel)
+        channels, multiplier = depthwise.shape[-2:]
+        depthwise = depthwise.reshape(-1, channels, multiplier)
+        patches = patches.reshape(len(patches), -1, channels)
+        return np.einsum("ntc,tcm->ncm", patches, depthwise, optimize=True).reshape(
+            len(patches), 1, -1
+        )
+
+
+class Transposed(Convolution):
+    """A transposed convolution: a convolution of the inputs with zeros in between."""
+
+    def _groups(self) -> int:
+        return 1
+
+    def _flipped(self, kernel: Array) -> Array:
+        """Between `(taps, filters, channels)` and, from the end, with these two in the
+        other order; either way."""
+        return np.flip(kernel, axis=tuple(range(kernel.ndim - 2))).swapaxes(-1, -2)
+
+    def matrices(self) -> Array:
+        """See `Linear.matrices`."""
+        kernel = self._flipped(numpy_of(self.kernel))
+        return kernel.reshape(1, -1, kernel.shape[-1])
+
+    def _kernel_of(self, matrices: Array) -> Array:
+        *taps, filters, channels = self.kernel.shape
+        return self._flipped(matrices.reshape(*taps, channels, filters))
+
+    def _taps(self) -> Iterator[tuple[int, int, int]]:
+        return ((k, 1, d) for k, _, d in super()._taps())
+
+    def _patches(self, x: Array, picked: Array, lead: tuple[int, ...]) -> Array:
+        sizes, pads = x.shape[1:-1], []
+        spread = [
+            (n - 1) * s + 1 for n, s in zip(sizes, self.layer.strides, strict=True)
+        ]
+        wide = np.zeros((len(x), *spread, x.shape[-1]), x.dtype)
+        wide[(slice(None), *(slice(None, None, s) for s in self.layer.strides))] = x
+        for size, out, (k, _, d) in zip(spread, lead, self._taps(), strict=True):
+            reach = (k - 1) * d + 1
+            cut = (
+                max(0, size + reach - 1 - out) // 2
+                if self.layer.padding == "same"
+                else 0
+            )
+            pads.append((reach - 1 - cut, max(0, out + cut - size)))
+        # A cut beyond the reach leaves out inputs at the edge.
+        wide = np.pad(wide, ((0, 0), *((max(0, a), b) for a, b in pads), (0, 0)))
+        wide = wide[(slice(None), *(slice(max(0, -a), None) for a, _ in pads))]
+        return self._gathered(wide, picked, lead)
+
+
+def _kinds() -> dict[type, type[Linear]]:
+    found = {keras.layers.Dense: Linear}
+    for n in (1, 2, 3):
+        for name, kind in (
+            ("Conv{}D", Convolution),
+            ("Conv{}DTranspose", Transposed),
+            ("DepthwiseConv{}D", Depthwise),
+            ("SeparableConv{}D", Separable),
+        ):
+            cls = getattr(keras.layers, name.format(n), None)
+            if cls is not None:
+                found[cls] = kind
+    return found
+
+
+KINDS = _kinds()
+
+
+def problem(layer: Any) -> Linear | str | None:
+    """The layer's least-squares problem, why it is not solved, or None where it has no
+    kernel."""
+    kind = KINDS.get(type(layer))
+    if kind is None or getattr(layer, "output_padding", None):
+        own = getattr(layer, "trainable_variables", ())
+        has_kernel = any(v.name.endswith("kernel") and len(v.shape) > 1 for v in own)
+        return (
+            f"no problem of least squares: {type(layer).__name__}"
+            if has_kernel
+            else None
+        )
+    if not layer.trainable:
+        return "frozen"
+    found = kind(layer)
+    wide = found.columns > MAX_COLUMNS
+    return f"more than {MAX_COLUMNS} inputs of one output" if wide else found

@@ -93,6 +93,7 @@ class Walk:
         self.memory, self.seed, self.tick = memory, seed, tick
         self.sites: dict[str, SiteFit] = {}
         self.refitted: list[str] = []
+        self.unsolved: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.pools: dict[int, Pool] = {}
         self.recorded: dict[int, list[Any]] = {}
@@ -362,17 +363,28 @@ class Walk:
     # -------------------------------------------------------------- linear
 
     def _linear(self, s: Instruction, t: Instruction) -> None:
+        found = linear.problem(s.operation)
+        if found is None:
+            return
         calls = [i for i in self.order if i.operation is t.operation]
-        if len(calls) == 1:  # one kernel cannot follow several calls one by one
-            x = self.student.env[s.inputs[0]]
-            old = self.teacher.env[t.inputs[0]], self.teacher.env[t.outputs[0]]
-            self._solve_linear(s.path, s.operation, t.operation, x, *old)
+        if len(calls) > 1:  # one kernel cannot follow several calls one by one
+            found = "called several times"
+        x = self.student.env[s.inputs[0]]
+        old = self.teacher.env[t.inputs[0]], self.teacher.env[t.outputs[0]]
+        self._solve_linear(s.path, found, t.operation, x, *old)
 
     def _solve_linear(
-        self, path: str, layer: Any, old: Any, x: Parts, old_x: Parts, old_y: Parts
+        self,
+        path: str,
+        problem: linear.Linear | str | None,
+        old: Any,
+        x: Parts,
+        old_x: Parts,
+        old_y: Parts,
     ) -> bool:
-        problem = linear.problem(layer)
-        if problem is None or layer.kernel.shape != old.kernel.shape:
+        if not isinstance(problem, linear.Linear):
+            paths = self.unsolved.setdefault(str(problem), [])
+            paths += [] if path in paths else [path]
             return False
         limit = min(2**15, max(2**12, 8 * problem.columns))
         sampler = Sampler(limit, self.samples, self.seed)
@@ -437,10 +449,13 @@ class Walk:
                 return None
             if id(layer) in self.pairs:
                 self._solve_call(layer, args, kwargs, x, y)
-            elif len(calls[id(layer)]) > 1 or not self._solve_linear(
-                layer.path, layer, olds[id(layer)], [x], [old_x], [y]
-            ):
-                return None
+            else:
+                several = len(calls[id(layer)]) > 1
+                found = "called several times" if several else linear.problem(layer)
+                if not self._solve_linear(
+                    layer.path, found, olds[id(layer)], [x], [old_x], [y]
+                ):
+                    return None
             return type(layer).call(layer, *args, **kwargs)
 
         with watching([n for n, _ in inside], note, result=True):

@@ -125,17 +125,32 @@ def variable_map(pairs: Pairs, skip: set[int] = frozenset()) -> dict[int, Any]: 
 def copy_compile_state(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None:
     """Compiles the new model like the old one and carries optimizer slots over.
 
-    Slots follow their variables; a variable that is new starts with fresh ones.
+    Slots follow their variables; a variable that is new starts with fresh ones. An
+    optimizer that knows more of its model than the variables has a method
+    `for_model(new, old)`, which gives its like for another model.
     """
     if not getattr(old, "compiled", False):
         return
     arguments = _compile_arguments(old)
     if arguments is None:
         return
+    optimizer = arguments.get("optimizer")
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        arguments["optimizer"] = _for_model(old.optimizer, optimizer, new, old)
     new.compile(**arguments)
     if old.optimizer is not None and old.optimizer.built:
         new.optimizer.build(new.trainable_variables)
         _copy_slots(old.optimizer, new.optimizer, variable_map(pairs, skip))
+
+
+def _for_model(used: Any, copy: Any, new: Any, old: Any) -> Any:
+    """`copy`, of an optimizer that was used, or what it wants to be for `new`."""
+    if hasattr(used, "for_model"):
+        return used.for_model(new, old)
+    inner = getattr(used, "inner_optimizer", None)
+    if inner is not None:
+        copy.inner_optimizer = _for_model(inner, copy.inner_optimizer, new, old)
+    return copy
 
 
 def _compile_arguments(model: Any) -> dict[str, Any] | None:
@@ -169,6 +184,9 @@ def _classes_of(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:
     """Copies an optimizer's state: lists of one entry per trainable variable follow
     the variables, single variables are copied, inner optimizers are visited."""
+    inner = getattr(old, "inner_optimizer", None)
+    if type(old) is not type(new) and inner is not None:
+        old = inner  # the new model has no use for what was around it
     ours, theirs = old._trainable_variables, new._trainable_variables
     place = {id(w): k for k, w in enumerate(theirs)}
     where = [place.get(id(mates.get(id(v)))) for v in ours]

@@ -750,3 +750,19 @@ def test_attacks_are_plain_data():
         "square",
     ]
     assert isinstance(read("autoattack")[0], Attack)
+
+
+def test_one_output_may_stand_in_a_dict():
+    model, w, b = zoo.linear()
+    inputs = keras.Input(zoo.SHAPE)
+    model = keras.Model(inputs, {"classes": model(inputs)})
+    x = zoo.images(20)
+    y = zoo.labels(w, b, x)
+    found = adversarial.evaluate(model, x, y, "pgd", eps=0.01)
+    assert found.clean_accuracy == 1
+    trained = adversarial.adversarial_training(model, steps=1, eps=0.01)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for given, target in ((loss, y), ({"classes": loss}, {"classes": y})):
+        trained.compile("sgd", given)
+        history = trained.fit(x, target, verbose=0).history
+        assert np.isfinite(history["loss"]).all()

@@ -469,3 +469,89 @@ def test_subclassed_models_train(rng):
     model.compile(kerasnorm.sphere.SphereSGD(model, 0.05, 0.9), "mse")
     model.fit(rng.normal(size=(8, 5)), rng.normal(size=(8, 3)), verbose=0)
     assert off(model.optimizer) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "held"),
+    [
+        ("ln", {}, {"conv/kernel": 1}),
+        ("gn", {"groups": 2}, {"conv/kernel": 2}),
+        (
+            None,
+            {"weights": "weight"},
+            {"conv/conv/kernel": None, "head/head/kernel": None},
+        ),
+        ("none", {}, None),
+        ("dyt", {}, None),
+    ],
+)
+@pytest.mark.parametrize("outer", [lambda x: x, O.LossScaleOptimizer])
+def test_a_rewritten_model_is_held_where_it_is_invariant(
+    method, options, held, outer, rng
+):
+    parts = [
+        layers.Conv2D(4, 3, use_bias=False, name="conv"),
+        layers.BatchNormalization(),
+    ]
+    parts += [layers.ReLU(), layers.Flatten(), layers.Dense(3, name="head")]
+    model = keras.Sequential([images(), *parts])
+    optimizer = OnSphere(O.SGD(0.1), model)
+    model.compile(outer(optimizer), loss())
+    x, y = data(rng)
+    model.fit(x, y, epochs=3, verbose=0)
+    if held is None:
+        with pytest.warns(UserWarning, match="trains by the SGD that OnSphere wrapped"):
+            new = kerasnorm.rewrite(model, method, **options)
+    else:
+        new = kerasnorm.rewrite(model, method, **options)
+    found = new.optimizer
+    if outer is O.LossScaleOptimizer:
+        assert type(found) is outer
+        found = found.inner_optimizer
+    assert isinstance(found, OnSphere if held else O.SGD)
+    if held:
+        groups = {s.path.split("/", 1)[1]: s.groups for s in found._wanted}
+        assert groups == held
+    # A step at rate 0 goes nowhere, wherever the weights were carried to.
+    found.learning_rate = 0.0
+    before = [ops.convert_to_numpy(v) for v in new.trainable_variables]
+    new.fit(x, y, verbose=0)
+    after = [ops.convert_to_numpy(v) for v in new.trainable_variables]
+    for value, was in zip(after, before, strict=True):
+        np.testing.assert_allclose(value, was, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_chosen_to_be_held_is_so_in_a_rewritten_model():
+    inputs = x = keras.Input((6,))
+    for name in ("one", "two"):
+        x = layers.BatchNormalization()(layers.Dense(4, name=name)(x))
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x), name="m")
+    flows = kerasnorm.sphere.scale_invariant_weights(model)
+    (one,) = (f for f in flows.invariant if "one" in f.kernel.variable.path)
+    (head,) = (f for f in flows if "head" in f.kernel.variable.path)
+    model.compile(OnSphere("sgd", [one, head]), loss())
+    new = kerasnorm.rewrite(model, "ln")
+    assert {s.path for s in new.optimizer._wanted} == {"one/kernel", "head/kernel"}
+
+
+@pytest.mark.parametrize("spheres", ["unit", "layer", "joint", "spectral"])
+def test_weights_set_from_outside_keep_their_length(spheres, rng):
+    model = network()
+    model.compile(OnSphere(O.SGD(0.05), model, spheres=spheres), loss())
+    x, y = data(rng)
+    model.fit(x, y, verbose=0)
+    kernels = [s.path for s in model.optimizer._wanted]
+    held = [v for v in model.trainable_variables if v.path in kernels]
+    for v in held:
+        v.assign(5 * v.value)
+    values = [ops.convert_to_numpy(v) for v in held]
+
+    def length(arrays):
+        if spheres == "spectral":
+            return np.linalg.norm(np.reshape(arrays[0], (-1, arrays[0].shape[-1])), 2)
+        return np.sqrt(sum(np.sum(np.square(a)) for a in arrays))
+
+    model.fit(x, y, epochs=2, verbose=0)
+    now = [ops.convert_to_numpy(v) for v in held]
+    assert length(now) == pytest.approx(length(values), rel=1e-5)
+    assert any(np.max(np.abs(a - b)) > 1e-4 for a, b in zip(now, values, strict=True))

@@ -156,6 +156,7 @@ class AdversarialTraining(keras.Model):
             y: classes, integers or one-hot.
         """
         classes = self.victim.classes
+        (y,) = keras.tree.flatten(y)  # as of a model whose output stands in a dict
         y = ops.convert_to_tensor(y)
         if len(y.shape) == 2 and y.shape[-1] == classes:
             y = ops.argmax(y, axis=-1)

@@ -245,13 +245,15 @@ class Victim:
     # --------------------------------------------------------------- calling
 
     def plain(self, x: Tensor, others: Sequence[Tensor] = ()) -> Tensor:
-        """The model's own outputs, in inference mode."""
+        """The model's own outputs, in inference mode; a single one as it is."""
         if self.preprocessing is not None:
             x = self.preprocessing(x)
         leaves = list(others)
         leaves.insert(self.place, x)
         inputs = tree.map_structure(lambda k: leaves[k], self.structure)
-        return self.model(inputs, training=False)
+        y = self.model(inputs, training=False)
+        leaves = tree.flatten(y)
+        return leaves[0] if len(leaves) == 1 else y
 
     def logits(self, x: Tensor, others: Sequence[Tensor], seed: Any = None) -> Tensor:
         """`(rows, classes)` in float32.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ Tensor = Any
 
 SPHERES = ("unit", "layer", "joint", "spectral")
 STEPS = ("retract", "geodesic")
+# A weight whose length differs by more from its radius was set from outside.
+MOVED = 1e-3
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -172,6 +175,43 @@ class OnSphere(keras.optimizers.Optimizer):
             for v in [flow.kernel.variable]
         }
 
+    def for_model(self, model: Any, old: Any) -> Any:
+        """This optimizer, unbuilt, for a model that was made of the one it trained.
+
+        What is scale invariant there is held on spheres; what was left out of them
+        here, or held though it is not invariant, is treated so again. Without any such
+        weight, the wrapped optimizer alone.
+
+        Args:
+            model: the model to train; its weights have the names of the old one's.
+            old: the model that this optimizer was made for.
+        """
+        config = self.get_config()
+        held = {s.path: s for s in self._wanted}
+        proved = {
+            f.kernel.variable.path for f in scale_invariant_weights(old).invariant
+        }
+        known = {}
+        for i, v in enumerate(model.trainable_variables):
+            spheres = held.get(v.path)
+            if spheres and v.path not in proved and spheres.shape == tuple(v.shape):
+                known[id(v)] = Spheres(**{**vars(spheres), "index": i})
+        flows = scale_invariant_weights(model).invariant
+        left_out = proved - set(held)
+        flows = [f for f in flows if f.kernel.variable.path not in left_out]
+        known |= self._find(flows) if flows else {}
+        if not known:
+            warnings.warn(
+                f"No weight of {model.name!r} is scale invariant: it trains by the "
+                f"{type(self.inner_optimizer).__name__} that {type(self).__name__} "
+                "wrapped.",
+                stacklevel=6,
+            )
+            return keras.saving.deserialize_keras_object(config["inner_optimizer"])
+        made = type(self).from_config({**config, "held": []})
+        made._known, made._wanted = known, tuple(known.values())
+        return made
+
     def build(self, variables: Sequence[Any]) -> None:
         """Creates the state: that of the wrapped optimizer, and the radii."""
         if self.built:
@@ -257,9 +297,11 @@ class OnSphere(keras.optimizers.Optimizer):
         self._assign(variable, spheres.join(self._moved(w, u, length, radius, spheres)))
 
     def _radius(self, i: int, w: Tensor) -> Tensor:
+        actual = self._held[i].radius(w)
         if not self.returns:
-            return self._held[i].radius(w)
-        return ops.cast(ops.convert_to_tensor(self._radii[i]), w.dtype)
+            return actual
+        radius = ops.cast(ops.convert_to_tensor(self._radii[i]), w.dtype)
+        return _unless_moved(radius, actual)
 
     def _moved(
         self, w: Tensor, u: Tensor, length: Tensor, radius: Tensor, spheres: Spheres
@@ -297,6 +339,9 @@ class OnSphere(keras.optimizers.Optimizer):
         for i in set(self._held) - set(places):  # without a gradient they stay
             still = tensor(inner._trainable_variables[i])
             square = square - ops.sum(geometry.inner(still, still))
+        # The radii are those of the start, and single ones move.
+        now = sum(ops.sum(geometry.inner(a, a)) for a in w)
+        square = ops.square(_unless_moved(ops.sqrt(square), ops.sqrt(now)))
         length = ops.sqrt(square)
 
         def along(us: list[Tensor]) -> list[Tensor]:
@@ -445,3 +490,10 @@ class OnSphere(keras.optimizers.Optimizer):
         OnSphere.__init__(made, inner, **config)
         made._wanted = tuple(held)
         return made
+
+
+def _unless_moved(radius: Tensor, actual: Tensor) -> Tensor:
+    """The radius that is kept, against rounding; where the weight was set since to
+    another length, that."""
+    same = ops.abs(actual - radius) <= MOVED * radius
+    return ops.where(same, radius, actual)

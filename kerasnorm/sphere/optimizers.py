@@ -13,10 +13,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend, replicas
+from kerasnorm import backend
 from kerasnorm.errors import KerasNormError
 from kerasnorm.flow import Flow
-from kerasnorm.sphere import geometry
+from kerasnorm.sphere import geometry, joint
 from kerasnorm.sphere.invariance import scale_invariant_weights
 from kerasnorm.sphere.spheres import (
     Spheres,
@@ -26,6 +26,7 @@ from kerasnorm.sphere.spheres import (
     float_of,
     inverse,
     tensor,
+    unless_moved,
 )
 
 
@@ -33,8 +34,6 @@ Tensor = Any
 
 SPHERES = ("unit", "layer", "joint", "spectral")
 STEPS = ("retract", "geodesic")
-# A weight whose length differs by more from its radius was set from outside.
-MOVED = 1e-3
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -301,7 +300,7 @@ class OnSphere(keras.optimizers.Optimizer):
         if not self.returns:
             return actual
         radius = ops.cast(ops.convert_to_tensor(self._radii[i]), w.dtype)
-        return _unless_moved(radius, actual)
+        return unless_moved(radius, actual)
 
     def _moved(
         self, w: Tensor, u: Tensor, length: Tensor, radius: Tensor, spheres: Spheres
@@ -322,65 +321,7 @@ class OnSphere(keras.optimizers.Optimizer):
         return w * (radius * inverse(spheres.radius(w)))
 
     def _update_jointly(self, grads: Any, variables: Any, rate: Tensor) -> None:
-        """One sphere of all weights: their step is known only when all are made."""
-        plain, inner = self._plain["_backend_update_step"], self.inner_optimizer
-        if replicas.count() > 1:
-            raise KerasNormError(
-                'spheres="joint" needs all weights at once',
-                got=f"{replicas.count()} replicas",
-                fix='Use spheres="unit" or "layer" there.',
-            )
-        places = [inner._get_variable_index(v) for v in variables]
-        held = [n for n, i in enumerate(places) if i in self._held]
-        if not held:
-            return plain(grads, variables, rate)
-        w = [tensor(variables[n]) for n in held]
-        square = sum(ops.sum(ops.square(self._radii[i])) for i in self._held)
-        for i in set(self._held) - set(places):  # without a gradient they stay
-            still = tensor(inner._trainable_variables[i])
-            square = square - ops.sum(geometry.inner(still, still))
-        # The radii are those of the start, and single ones move.
-        now = sum(ops.sum(geometry.inner(a, a)) for a in w)
-        square = ops.square(_unless_moved(ops.sqrt(square), ops.sqrt(now)))
-        length = ops.sqrt(square)
-
-        def along(us: list[Tensor]) -> list[Tensor]:
-            part = sum(
-                ops.sum(geometry.inner(a, u)) for a, u in zip(w, us, strict=True)
-            )
-            return [u - a * (part / square) for a, u in zip(w, us, strict=True)]
-
-        grads = list(grads)
-        g = along(
-            [
-                ops.cast(backend.value(grads[n]), a.dtype)
-                for n, a in zip(held, w, strict=True)
-            ]
-        )
-        for n, value in zip(held, g, strict=True):
-            grads[n] = value * length if self.effective else value
-        slots = [self._slots[places[n]] for n in held]
-        for row in zip(*slots, strict=True):
-            for m, value in zip(row, along([tensor(m) for m in row]), strict=True):
-                self._assign(m, value)
-        plain(grads, variables, rate)
-        u = along([tensor(variables[n]) - a for n, a in zip(held, w, strict=True)])
-        far = ops.sqrt(sum(ops.sum(geometry.inner(x, x)) for x in u))
-        scale = length if self.effective else 1.0
-        if self.max_angle is not None:
-            most = (
-                math.tan(self.max_angle) if self.step == "retract" else self.max_angle
-            )
-            scale = ops.minimum(scale, most * length * inverse(far))
-        angle = far * scale / length
-        if self.step == "geodesic":
-            ahead, aside = ops.cos(angle), scale * ops.sin(angle) * inverse(angle)
-        else:
-            ahead, aside = 1.0, scale
-        new = [ahead * a + aside * x for a, x in zip(w, u, strict=True)]
-        now = ops.sqrt(sum(ops.sum(geometry.inner(x, x)) for x in new))
-        for n, value in zip(held, new, strict=True):
-            self._assign(variables[n], value * (length / now))
+        joint.update(self, self._plain["_backend_update_step"], grads, variables, rate)
 
     def _apply_decay(self, variables: Sequence[Any]) -> None:
         plain, inner = self._plain["_apply_weight_decay"], self.inner_optimizer
@@ -490,10 +431,3 @@ class OnSphere(keras.optimizers.Optimizer):
         OnSphere.__init__(made, inner, **config)
         made._wanted = tuple(held)
         return made
-
-
-def _unless_moved(radius: Tensor, actual: Tensor) -> Tensor:
-    """The radius that is kept, against rounding; where the weight was set since to
-    another length, that."""
-    same = ops.abs(actual - radius) <= MOVED * radius
-    return ops.where(same, radius, actual)

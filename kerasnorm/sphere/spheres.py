@@ -20,6 +20,9 @@ from kerasnorm.ties import runs
 
 Tensor = Any
 
+# A weight whose length differs by more from its radius was set from outside.
+MOVED = 1e-3
+
 # What Keras's optimizers call the slots that hold directions, not sizes.
 DIRECTIONS = ("momentum",)
 
@@ -193,3 +196,10 @@ def inverse(x: Tensor) -> Tensor:
     """`1 / x`, 0 where `x` is 0."""
     zero = ops.equal(x, 0)
     return ops.where(zero, 0.0, 1.0 / ops.where(zero, 1.0, x))
+
+
+def unless_moved(radius: Tensor, actual: Tensor) -> Tensor:
+    """The radius that is kept, against rounding; where the weight was set since to
+    another length, that."""
+    same = ops.abs(actual - radius) <= MOVED * radius
+    return ops.where(same, radius, actual)

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common import global_state
 
 from rewriters.errors import RewriteError, reason
@@ -117,27 +118,47 @@ def _layer(spec: Spec) -> Any:
 
 
 def _call(model: Any, spec: Spec) -> None:
-    """Calls a subclassed model on no values, which builds the layers that it holds."""
+    """Calls a subclassed model on no values, which builds the layers that it holds.
 
-    def symbolic(shape: Any) -> Any:
-        if isinstance(shape, dict):
-            return {k: symbolic(v) for k, v in shape.items()}
-        if all(size is None or isinstance(size, int) for size in shape):
-            return keras.KerasTensor((None, *shape[1:]))
-        return [symbolic(s) for s in shape]
+    The file does not say of what type the inputs are: floats, or else integers.
+    """
+    wrong: Exception | None = None
+    for dtype in (None, "int32"):
 
-    try:
-        keras.src.backend.compute_output_spec(model, symbolic(spec.input_shape))
-    except Exception as e:  # the class is the user's
-        if makes_variables_of_values(e):
-            raise
-        raise RewriteError(
-            f"The class {spec.kind!r} cannot be called",
-            got=f"{type(e).__name__}: {reason(e)} on inputs of {spec.input_shape}",
-            expected="a model that runs under Keras 3 on what the stored one was "
-            "built for",
-            fix="Mend the class given for it",
-        ) from e
+        def symbolic(shape: Any, dtype: Any = dtype) -> Any:
+            if isinstance(shape, dict):
+                return {k: symbolic(v) for k, v in shape.items()}
+            if all(size is None or isinstance(size, int) for size in shape):
+                return keras.KerasTensor((None, *shape[1:]), dtype)
+            return [symbolic(s) for s in shape]
+
+        try:
+            compute_output_spec(model, symbolic(spec.input_shape))
+        except Exception as e:  # the class is the user's
+            if makes_variables_of_values(e):
+                raise
+            wrong = wrong or e
+        else:
+            return
+    raise RewriteError(
+        f"The class {spec.kind!r} cannot be called",
+        got=f"{type(wrong).__name__}: {reason(wrong)} on inputs of {spec.input_shape}",
+        expected="a model that runs under Keras 3 on what the stored one was built for",
+        fix="Mend the class given for it",
+    ) from wrong
+
+
+def _build_inside(layer: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Builds what a layer of one's own holds and only its call does: Keras asks for the
+    call alone where the class does not compute the shape of its output itself."""
+    if not type(layer).__module__.startswith("keras.") or _holds_own(layer):
+        if any(not x.built for x in layer._flatten_layers()):
+            compute_output_spec(layer.call, *args, **kwargs)
+
+
+def _holds_own(layer: Any) -> bool:
+    inner = layer._flatten_layers(include_self=False)
+    return any(not type(x).__module__.startswith("keras.") for x in inner)
 
 
 def _functional(spec: Spec) -> Any:
@@ -164,11 +185,11 @@ def _functional(spec: Spec) -> Any:
                 args = map_refs(tensor, call.args)
                 kwargs = map_refs(tensor, call.kwargs)
                 try:
-                    result = (
-                        _operate(s, i, args, kwargs)
-                        if s.operation
-                        else layers[s.name](*args, **kwargs)
-                    )
+                    if s.operation:
+                        result = _operate(s, i, args, kwargs)
+                    else:
+                        result = layers[s.name](*args, **kwargs)
+                        _build_inside(layers[s.name], args, kwargs)
                 except Unsupported as e:
                     unsupported[s.name] = e
                 else:

@@ -100,7 +100,7 @@ class _Translator:
         config = {k: v for k, v in config.items() if k != "shared_object_id"}
         name = safe_name(entry.get("name") or config.get("name") or to_snake_case(bare))
         custom = self._custom(names)
-        if self._is_model(bare, config):
+        if self._is_model(bare, config, custom):
             spec = self._model(bare, config, custom)
             return self._finished(spec, name, bare, config)
         config = decode(config)
@@ -280,10 +280,13 @@ class _Translator:
 
     # Models
 
-    def _is_model(self, kind: str, config: dict[str, Any]) -> bool:
-        if "layers" not in config or not isinstance(config["layers"], list):
+    def _is_model(self, kind: str, config: dict[str, Any], custom: Any) -> bool:
+        layers = config.get("layers")
+        if not (isinstance(layers, list) and all(isinstance(x, dict) for x in layers)):
             return False
-        return kind in _MODELS or "output_layers" in config
+        plain = isinstance(custom, type) and issubclass(custom, keras.Sequential)
+        plain = plain and custom.__init__ is keras.Sequential.__init__
+        return kind in _MODELS or "output_layers" in config or plain
 
     def _model(self, kind: str, config: dict[str, Any], custom: Any) -> Spec:
         if "output_layers" not in config:

@@ -6,6 +6,9 @@ import re
 from collections import Counter, defaultdict
 from typing import Any
 
+import keras
+from keras.src.models.functional import Functional
+
 from rewriters.errors import RewriteError
 from rewriters.formats import keras1
 from rewriters.formats.saved import Array
@@ -15,9 +18,58 @@ Pairs = list[tuple[Any, Array]]
 
 
 def weights(layer: Any) -> list[Any]:
-    """A layer's weights, trainable ones first, without a stateful layer's states."""
-    found = layer.trainable_weights + layer.non_trainable_weights
+    """A layer's weights in the order of Keras 2, trainable ones first, without a
+    stateful layer's states."""
+    place = {id(v): i for i, v in enumerate(_in_order(layer))}
+    parts = layer.trainable_weights, layer.non_trainable_weights
+    found = [
+        v
+        for part in parts
+        for v in sorted(part, key=lambda v: place.get(id(v), len(place)))
+    ]
     return [v for v in found if v.name != "rnn_state"]
+
+
+def _in_order(layer: Any) -> list[Any]:
+    own = layer._trainable_variables + layer._non_trainable_variables
+    inner = [v for x in layers_of(layer) for v in _in_order(x)]
+    return inner + own if isinstance(layer, keras.Model) else own + inner
+
+
+# Attributes in which Keras and TensorFlow list what others hold.
+_LISTS = ("_layers", "_tracker", "_tracked", "_self_")
+
+
+def layers_of(layer: Any) -> list[Any]:
+    """The layers that a layer holds, in the order of Keras 2.
+
+    Of a class of one's own: that of its attributes as they were first set, a list where
+    it was set, whatever was appended when, a dict in the order of its keys.
+    """
+    if isinstance(layer, (keras.Sequential, Functional)):
+        return list(layer.layers)
+    inner = list(layer._flatten_layers(include_self=False, recursive=False))
+    if type(layer).__module__.startswith("keras."):
+        return inner
+    found: dict[int, Any] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, keras.layers.Layer):
+            found.setdefault(id(value), value)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                visit(value[key])
+        elif isinstance(value, (list, tuple)):
+            for held in value:
+                visit(held)
+
+    for name, value in vars(layer).items():
+        if not name.startswith(_LISTS):
+            visit(value)
+    known = {id(x) for x in inner}
+    return [x for x in found.values() if id(x) in known] + [
+        x for x in inner if id(x) not in found
+    ]
 
 
 def pair(variables: list[Any], arrays: list[Array], where: str) -> Pairs:

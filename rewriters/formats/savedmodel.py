@@ -51,8 +51,9 @@ def read(path: str) -> Saved:
             fix="Build it in code and load its weights from the SavedModel",
         )
     arrays = _arrays(path, nodes)
-    own = "layers" not in root["config"]
-    found = _attributes(nodes) if own else _layer_nodes(nodes, metadata)
+    held = root["config"].get("layers")
+    own = not (isinstance(held, list) and all(isinstance(x, dict) for x in held))
+    found = _layer_nodes(nodes, metadata) + (_attributes(nodes) if own else [])
     layers = {
         name: [arrays[i] for i in _variables(nodes, node) if i in arrays]
         for name, node in found
@@ -142,11 +143,17 @@ def _attributes(nodes) -> list[tuple[str, int]]:
     """The layers that a subclassed model holds, by the path of their attribute, as
     `"head"`, or `"blocks/0"` in a list or dict."""
     found = []
+
+    def visit(path: str, i: int) -> None:
+        if _is_layer(nodes[i]):
+            found.append((path, i))
+        elif nodes[i].get("identifier", "").startswith("trackable_"):
+            for key, j in nodes[i]["children"].items():
+                visit(f"{path}/{key}", j)
+
     for name, i in nodes[0]["children"].items():
-        held = {name: i}
-        if nodes[i].get("identifier", "").startswith("trackable_"):
-            held = {f"{name}/{key}": j for key, j in nodes[i]["children"].items()}
-        found += [(path, j) for path, j in held.items() if _is_layer(nodes[j])]
+        if not name.startswith(("layer-", "layer_with_weights-")):
+            visit(name, i)
     return found
 
 

@@ -17,7 +17,7 @@ from keras.src.models.functional import Functional
 from keras.src.utils.naming import to_snake_case
 
 from rewriters.formats.hdf5 import array, child
-from rewriters.formats.pairing import Pairs, mismatch, pair, weights
+from rewriters.formats.pairing import Pairs, layers_of, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import Spec
 
@@ -41,6 +41,8 @@ class _Walk:
 
     def layer(self, layer: Any, spec: Spec, group: Any) -> None:
         self.visited.add(id(layer))
+        if spec.layers is None and isinstance(layer, (keras.Sequential, Functional)):
+            spec = _live_spec(layer)
         if spec.layers is not None:
             self._model(layer, spec, group)
         elif spec.rename:
@@ -63,20 +65,20 @@ class _Walk:
 
     def _attributes(self, layer: Any, spec: Spec, group: Any) -> None:
         for key in sorted(group, reverse=self.saved.walks_back):
-            if not hasattr(layer, key) and key != "vars" and _arrays(child(group, key)):
-                raise mismatch(
-                    f"The class {type(layer).__name__!r} lacks what the file has",
-                    f"weights for {key!r}",
-                )
-            held = getattr(layer, key, None)
+            held = _attribute(layer, key)
+            if key == "layers" and isinstance(layer, keras.Model):
+                held = layers_of(layer)
             if isinstance(held, dict):
                 held = list(held.values())
             if isinstance(held, (list, tuple)):
-                self._members(held, spec, key, child(group, key))
-            elif isinstance(held, keras.layers.Layer) and id(held) not in self.visited:
-                self.layer(held, _inner_spec(spec, key, held), child(group, key))
+                self._members(layer, held, spec, key, child(group, key))
+            elif isinstance(held, keras.layers.Layer):
+                if id(held) not in self.visited:
+                    self.layer(held, _inner_spec(spec, key, held), child(group, key))
+            elif key != "vars":
+                _refuse_left_over(layer, key, child(group, key))
 
-    def _members(self, held: Any, spec: Spec, key: str, group: Any) -> None:
+    def _members(self, owner: Any, held: Any, spec: Spec, key: str, group: Any) -> None:
         layers = [x for x in held if isinstance(x, keras.layers.Layer)]
         specs = [_inner_spec(spec, key, x, i) for i, x in enumerate(layers)]
         members = list(zip(layers, specs, strict=True))
@@ -86,12 +88,16 @@ class _Walk:
         for (layer, inside), name in zip(members, names, strict=True):
             if id(layer) not in self.visited and name in group:
                 self.layer(layer, inside, child(group, name))
+        for name in set(group) - set(names):
+            _refuse_left_over(owner, f"{key}/{name}", child(group, name))
 
     def _model(self, model: Any, spec: Spec, group: Any) -> None:
         for layer, s, names in held(model, spec, self.saved.counts_twice):
-            if not weights(layer):
-                continue
             place = next((name for name in names if name in group), None)
+            if not weights(layer):
+                if place is not None and not hasattr(layer, "get_vocabulary"):
+                    _refuse_left_over(layer, place, child(group, place))
+                continue
             if place is not None:
                 self.layer(layer, s, child(group, place))
             else:  # shared with another model, and stored there
@@ -106,6 +112,40 @@ class _Walk:
                 "Weights are missing", f"no group for the layer {layer.name!r}"
             )
         return [(v, arrays[v.path]) for v in layer.weights]
+
+
+def _attribute(layer: Any, key: str) -> Any:
+    try:
+        return getattr(layer, key, None)
+    except Exception:  # what a property of one's own may raise
+        return None
+
+
+def _refuse_left_over(layer: Any, place: str, group: Any) -> None:
+    """Raises if the file has weights for what the layer does not hold."""
+    if not _is_of_a_layer(group):
+        return
+    raise mismatch(
+        f"{layer.name!r}, of the class {type(layer).__name__}, has no layer for some "
+        "weights of the file",
+        f"{_arrays(group)[:3]} in {place!r}",
+    )
+
+
+def _is_of_a_layer(group: Any) -> bool:
+    """Whether the arrays are weights; not those of optimizers, which begin with the
+    number of steps, nor of metrics, which are single numbers."""
+    own = group["vars"] if "vars" in group else {}
+    first = own["0"] if "0" in own else None
+    if first is not None and first.shape == () and first.dtype.kind == "i":
+        return False
+    if any(getattr(v, "shape", ()) != () for v in own.values()):
+        return True
+    return any(
+        _is_of_a_layer(child(group, key))
+        for key in group
+        if key not in ("vars", "metrics", "_metrics", "compiled_metrics", "optimizer")
+    )
 
 
 def _arrays(group: Any) -> list[str]:

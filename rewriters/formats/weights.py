@@ -67,7 +67,7 @@ def _match_layers(model: Any, spec: Spec, saved: Saved) -> Pairs:
             continue
         if name == "":
             variables = model._trainable_variables + model._non_trainable_variables
-        elif layers.get(name) is not None:
+        elif name in layers:
             variables = weights(layers[name])
         elif name in specs:  # no output needs it, as a loss that was added did
             continue
@@ -83,37 +83,41 @@ def _match_layers(model: Any, spec: Spec, saved: Saved) -> Pairs:
 def _by_name(model: Any, spec: Spec, saved: Saved) -> dict[str, Any]:
     """The layers of `model` by the names that the file has for them.
 
-    A subclassed model's are the paths of its attributes. Layers whose config has no
+    A subclassed model's may be the paths of its attributes. Layers whose config has no
     name, as that of a class of one's own may, are those of the names that no other
     has, in order, if there are as many.
     """
-    if spec.layers is None:
-        return {safe_name(path): _attribute(model, path) for path in saved.layers}
     layers = {layer.name: layer for layer in model.layers}
+    if spec.layers is None:
+        paths = {safe_name(path): _attribute(model, path) for path in saved.layers}
+        return layers | {path: x for path, x in paths.items() if x is not None}
     nameless = [
-        layers.pop(s.name)
+        s.name
         for s in spec.layers
         if s.layers is None and s.name in layers and "name" not in s.config
     ]
-    nameless = [layer for layer in nameless if weights(layer)]
-    known = {s.name for s in spec.layers if s.name in layers}
+    named = {name: x for name, x in layers.items() if name not in nameless}
     stored = [
         safe_name(name) for name, arrays in saved.layers.items() if name and arrays
     ]
-    unknown = [name for name in stored if name not in known]
-    if len(unknown) != len(nameless):
-        return {**layers, **{layer.name: layer for layer in nameless}}
-    return {**layers, **dict(zip(unknown, nameless, strict=True))}
+    unknown = [name for name in stored if name not in named]
+    heavy = [layers[name] for name in nameless if weights(layers[name])]
+    if len(unknown) != len(heavy):
+        return layers
+    return named | dict(zip(unknown, heavy, strict=True))
 
 
 def _attribute(model: Any, path: str) -> Any:
     """The layer at a path as `"head"`, `"blocks/0"` or `"branches/left"`."""
-    name, _, key = path.partition("/")
-    held = getattr(model, name, None)
-    if isinstance(held, (list, tuple)) and key.isdigit():
-        held = held[int(key)] if int(key) < len(held) else None
-    elif isinstance(held, dict):
-        held = held.get(key)
+    held = model
+    for part in path.split("/"):
+        if isinstance(held, (list, tuple)):
+            inside = part.isdigit() and int(part) < len(held)
+            held = held[int(part)] if inside else None
+        elif isinstance(held, dict):
+            held = held.get(part)
+        else:
+            held = getattr(held, part, None)
     return held if isinstance(held, keras.layers.Layer) else None
 
 

@@ -70,6 +70,7 @@ def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
     for site_path, fold in zip(edits, after, strict=True):
         old = site_map[site_path].layer
         fold(old, edited.new(old))
+    edited.renew_averages()
     if edits:
         verify(model, edited.model, "the export")
     if out is not None:

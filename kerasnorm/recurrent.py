@@ -326,17 +326,21 @@ class RNN(keras.layers.RNN):
         shown = ops.zeros_like(states[0])
         begun = [norm.begin(training) for norm in norms]
         flat = [v for carry in begun for v in carry]
-        inputs = [sequences]
+        inputs = sequences
         if mask is not None:
-            inputs.append(ops.cast(mask, "bool")[..., None])
+            # As one more feature: of several inputs TensorFlow's loop cannot tell a
+            # length that varies.
+            told = ops.cast(mask, sequences.dtype)[..., None]
+            inputs = ops.concatenate([sequences, told], -1)
 
         def split(values):
             values = iter(values)
             return [[next(values) for _ in carry] for carry in begun]
 
         def step(inputs, states):
-            x, *valid = inputs
-            valid = valid[0] if valid else None
+            x, valid = inputs, None
+            if mask is not None:
+                x, valid = inputs[..., :-1], inputs[..., -1:] > 0.5
             before, time = list(states[:n]), states[-1]
             shown, *carried = states[n:-1]
             stream = _Stream(norms, split(carried), valid, time)

@@ -174,7 +174,7 @@ class Reparametrized(keras.layers.Wrapper):
             v = _columns(kernel)
             held = self.parameters(kernel)
             values = {n: ops.cast(p, v.dtype) for n, p in held.items()}
-            if training:
+            if training and self.trainable:
                 for name, value in self.update(v, **values).items():
                     values[name] = ops.stop_gradient(value)
                     held[name].assign(values[name])
@@ -251,9 +251,10 @@ class Reparametrized(keras.layers.Wrapper):
         for kernel in self.kernels:
             v, w = (kernel.columns(_tensor(t)) for t in wanted[kernel.label])
             values = self.absorb(v, w)
-            kernel.variable.assign(kernel.from_columns(values.pop("v")))
+            # In memory of its own: training on JAX donates the buffers of variables.
+            kernel.variable.assign(ops.copy(kernel.from_columns(values.pop("v"))))
             for name, variable in self.parameters(kernel).items():
-                variable.assign(values[name])
+                variable.assign(ops.copy(values[name]))
 
     def error(self, v: Tensor, w: Tensor) -> float:
         """By how much the kernel in use would differ from `w`, relative to it."""
@@ -278,7 +279,7 @@ class Reparametrized(keras.layers.Wrapper):
         plain.set_weights(self.layer.get_weights())
         theirs = kernels_of(plain)
         for kernel, other in zip(self.kernels, theirs, strict=True):  # type: ignore
-            other.variable.assign(self.weight(kernel))
+            other.variable.assign(ops.copy(self.weight(kernel)))
 
 
 def centred(v: Tensor) -> Tensor:

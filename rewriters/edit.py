@@ -44,12 +44,24 @@ class Edited:
             copied or replaced; the new one is None where the layer was removed.
     """
 
-    def __init__(self, model: Any, layers: dict[int, tuple[Any, Any]]):
+    def __init__(
+        self,
+        model: Any,
+        layers: dict[int, tuple[Any, Any]],
+        original: Any,
+        replaced: set[int],
+    ):
         self.model, self.layers = model, layers
+        self._original, self._replaced = original, replaced
 
     def new(self, old: Any) -> Any:
         """The layer that stands where `old` stood, None if it was removed."""
         return self.layers[id(old)][1]
+
+    def renew_averages(self) -> None:
+        """To call when weights of the new model were set: an optimizer that averages
+        weights begins at these, or `fit` would bring back what they were."""
+        transfer.renew_averages(self._original, self.model, self.layers, self._replaced)
 
 
 def edit(
@@ -96,7 +108,7 @@ def edit(
         build_like(model, new_model)
     for old, new in reversed(list(copier.memo.values())):  # owners first
         build_like(old, new)
-    result = Edited(new_model, copier.memo)
+    result = Edited(new_model, copier.memo, model, set(replaced))
     transfer.copy_weights(result.layers, skip=set(replaced))
     transfer.copy_compile_state(model, new_model, result.layers, set(replaced))
     return result
@@ -282,6 +294,8 @@ class _Copier:
 
     def _as_class(self, model: Any, new: Any) -> Any:
         """A subclass of Functional or Sequential keeps its class and attributes."""
+        if new.dtype_policy.name != model.dtype_policy.name:  # the global one is new
+            new.dtype_policy = model.dtype_policy
         if type(model) is type(new):
             return new
         new.__class__ = type(model)

@@ -76,17 +76,19 @@ def put(owner: Any, exchange: Exchange) -> None:
     locked = tracker.locked
     tracker.unlock()
     tracker.untrack(old)
-    holder: Any = (
-        Slot(owner, slot.attribute, slot.keys[:-1]).get() if slot.keys else None
-    )
-    if holder is None:
-        setattr(owner, slot.attribute, new)
-    elif len(slot.keys) == 1 and isinstance(holder, tuple):
-        changed = tuple(new if x is old else x for x in holder)
-        setattr(owner, slot.attribute, changed)
+    value, keys = new, slot.keys
+    while keys:
+        holder: Any = Slot(owner, slot.attribute, keys[:-1]).get()
+        if not isinstance(holder, tuple):
+            holder[keys[-1]] = value
+            tracker.track(new)
+            break
+        # A tuple is made anew, and put where it was.
+        parts = [value if k == keys[-1] else x for k, x in enumerate(holder)]
+        made = getattr(type(holder), "_make", type(holder))
+        value, keys = made(parts), keys[:-1]
     else:
-        holder[slot.keys[-1]] = new  # pyright: ignore[reportIndexIssue]
-        tracker.track(new)
+        setattr(owner, slot.attribute, value)
     if any(x is new for x in layers):
         layers[:] = [x for x in layers if x is not new]
         layers.insert(place, new)

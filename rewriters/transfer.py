@@ -6,13 +6,14 @@ soon as one layer gains or loses a variable.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
 
-from rewriters.errors import RewriteError
+from rewriters.errors import RewriteError, reason
 from rewriters.holders import children, paired_children
 
 
@@ -137,10 +138,30 @@ def copy_compile_state(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None
     optimizer = arguments.get("optimizer")
     if isinstance(optimizer, keras.optimizers.Optimizer):
         arguments["optimizer"] = _for_model(old.optimizer, optimizer, new, old)
-    new.compile(**arguments)
+    if not _compile(new, arguments, old):
+        return
     if old.optimizer is not None and old.optimizer.built:
         new.optimizer.build(new.trainable_variables)
         _copy_slots(old.optimizer, new.optimizer, variable_map(pairs, skip))
+
+
+def _compile(new: Any, arguments: dict[str, Any], old: Any) -> bool:
+    own = type(old).compile is not keras.Model.compile
+    if not own:
+        # What Keras wraps by itself for float16 is in `arguments` already.
+        arguments["auto_scale_loss"] = False
+    try:
+        new.compile(**arguments)
+    except Exception as error:
+        if not own:
+            raise
+        warnings.warn(
+            f"The new model is not compiled: {type(old).__name__}.compile takes other "
+            f"arguments than Keras's ({reason(error)}).",
+            stacklevel=5,
+        )
+        return False
+    return True
 
 
 def _for_model(used: Any, copy: Any, new: Any, old: Any) -> Any:
@@ -148,13 +169,29 @@ def _for_model(used: Any, copy: Any, new: Any, old: Any) -> Any:
     if hasattr(used, "for_model"):
         return used.for_model(new, old)
     inner = getattr(used, "inner_optimizer", None)
-    if inner is not None:
-        copy.inner_optimizer = _for_model(inner, copy.inner_optimizer, new, old)
+    if inner is None:
+        return copy
+    if not hasattr(copy, "inner_optimizer"):  # Keras wrapped it when it compiled
+        config = {**used.get_config(), "inner_optimizer": copy}
+        copy = type(used)(**{k: config[k] for k in _arguments_of(type(used), config)})
+    copy.inner_optimizer = _for_model(inner, copy.inner_optimizer, new, old)
     return copy
 
 
+def _arguments_of(cls: type, config: Mapping[str, Any]) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name in config]
+
+
 def _compile_arguments(model: Any) -> dict[str, Any] | None:
-    config = model.get_compile_config()
+    try:
+        config = model.get_compile_config()
+    except Exception as error:  # of a class of one's own, such as a schedule
+        warnings.warn(
+            f"The new model is not compiled: what the old one was compiled with has no "
+            f"config ({reason(error)}).",
+            stacklevel=5,
+        )
+        return None
     raw = getattr(model, "_compile_config", None)
     raw = dict(raw.config) if raw is not None else {}
     if not config:
@@ -209,3 +246,24 @@ def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:
         warnings.warn(
             "The optimizer held no variables; it starts afresh.", stacklevel=3
         )
+
+
+def renew_averages(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None:
+    """Lets an optimizer's averages of weights (`use_ema`) begin anew where a weight of
+    the new model is not that of the old one: `fit` puts the averages in their place."""
+    optimizer = getattr(new, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        return
+    before = {
+        id(w): v
+        for a, b in paired_layers(pairs, skip)
+        for v, w in paired_variables(a, b)
+    }
+    while optimizer is not None:
+        averages = getattr(optimizer, "_model_variables_moving_average", None)
+        pairs_of = zip(optimizer._trainable_variables, averages or (), strict=False)
+        for w, average in pairs_of:
+            v = before.get(id(w))
+            if v is None or not keras.ops.all(keras.ops.equal(v.value, w.value)):
+                assign(average, w)
+        optimizer = getattr(optimizer, "inner_optimizer", None)

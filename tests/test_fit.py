@@ -949,3 +949,24 @@ def test_what_is_not_solved_is_told(rng):
         "no problem of least squares: GRU: gru",
     ):
         assert told in report.summary()
+
+
+def test_values_too_large_to_solve_with_are_left(rng):
+    inputs = keras.Input((6,))
+    x = layers.BatchNormalization(name="bn")(layers.Dense(5, name="first")(inputs))
+    model = randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)), rng)
+    model.get_layer("bn").gamma.assign(np.full(5, 1e25))
+    data = rng.normal(size=(64, 6)).astype("float32")
+    new, report = kerasnorm.rewrite(
+        model, "ln", data=data, fit="refit", return_report=True, verbose=False
+    )
+    assert "values too large: head" in report.summary()
+    assert all(np.isfinite(w).all() for w in new.get_weights())
+
+
+def test_a_nan_is_told_by_its_place_among_all_samples(rng):
+    model = keras.Sequential([keras.Input((4,)), layers.BatchNormalization()])
+    data = rng.normal(size=(3000, 4))
+    data[2001] = np.nan
+    with pytest.raises(KerasNormError, match=r"1 of 3000 samples, the first .* 2001"):
+        kerasnorm.rewrite(model, "ln", data=data, verbose=False)

@@ -354,3 +354,19 @@ def test_cells_of_a_trained_model_are_normalized(norm, eagerly, tmp_path):
     if norm == "ln" or not eagerly:
         fitted = kerasnorm.rewrite(model, norm, cells=True, data=X, fit="distill")
         assert np.isfinite(numpy(fitted(X))).all()
+
+
+@pytest.mark.parametrize("kind", SEQUENCE)
+def test_masked_sequences_of_any_length(kind):
+    inputs = keras.Input((None, 3))
+    layer = LSTM(4, **SEQUENCE[kind], return_sequences=True)
+    model = keras.Model(inputs, layer(keras.layers.Masking()(inputs)))
+    whole = np.where(MASK[..., None], X, 0).astype("float32")
+    alone = model(whole[:2, :3])
+    # Lengths that differ make the time axis unknown to the compiled function.
+    for length in (5, 3, 4):
+        found = model.predict(whole[:2, :length], verbose=0)
+        assert found.shape == (2, length, 4)
+    np.testing.assert_allclose(
+        model.predict(whole[:2, :3], verbose=0), alone, rtol=1e-5, atol=1e-6
+    )

@@ -8,6 +8,7 @@ import pytest
 import zoo
 from keras import layers
 
+import kerasnorm
 import rewriters
 from rewriters.compare import outputs
 
@@ -251,3 +252,128 @@ def test_compare_needs_samples():
     for x in ({"samples": 0}, {"x": np.zeros((0, 3))}):
         with pytest.raises(rewriters.RewriteError, match="0 samples"):
             rewriters.compare(model, model, **x)
+
+
+def trained(**options):
+    """A model that knows a little, what it was trained on, and what as."""
+    keras.utils.set_random_seed(0)
+    parts = [layers.Dense(8), layers.BatchNormalization(name="bn"), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((6,)), *parts])
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    y = (x[:, 0] > 0).astype("int32")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(options.pop("optimizer", "adam"), loss, **options)
+    model.fit(x, y, epochs=3, verbose=0)
+    return model, x, y
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_model_of_mixed_precision_is_rewritten_under_another_policy(scale):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, x, y = trained(auto_scale_loss=scale)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    new = kerasnorm.rewrite(model, "ln")
+    assert type(new.optimizer) is type(model.optimizer)
+    inner = new.optimizer.inner_optimizer if scale else new.optimizer
+    assert int(new.optimizer.iterations) == 6 and np.any(inner._momentums[0])
+    assert new.dtype_policy.name == "mixed_float16"
+    new.fit(x, y, verbose=0)
+    kerasnorm.export(new)
+
+
+@pytest.mark.parametrize("method, fit", [("none", None), ("ln", "affine")])
+def test_averages_of_weights_begin_at_what_was_set(method, fit):
+    model, x, y = trained(optimizer=keras.optimizers.Adam(0.01, use_ema=True))
+    data = None if fit is None else x
+    new = kerasnorm.rewrite(model, method, data=data, fit=fit, verbose=False)
+    new.optimizer.learning_rate = 0.0
+    before = [np.array(keras.ops.convert_to_numpy(v)) for v in new.trainable_variables]
+    new.fit(x, y, verbose=0)  # which puts the averages in the weights' place
+    old = {v.path: keras.ops.convert_to_numpy(v) for v in model.trainable_variables}
+    for v, was in zip(new.trainable_variables, before, strict=True):
+        untouched = np.array_equal(old.get(v.path), was)
+        now = keras.ops.convert_to_numpy(v)
+        if not untouched:
+            np.testing.assert_allclose(now, was, rtol=1e-5, err_msg=v.path)
+
+
+class TwoOptimizers(keras.Model):
+    """Compiles as Keras's own GAN example does."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.bn = layers.Dense(4), layers.BatchNormalization()
+
+    def call(self, x, training=False):
+        return self.bn(self.dense(x), training=training)
+
+    def compile(self, d_optimizer, g_optimizer):
+        super().compile()
+        self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer
+
+
+class Rates(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule without a config."""
+
+    def __call__(self, step):
+        return 0.01
+
+
+def test_what_cannot_be_compiled_again_is_told():
+    model = TwoOptimizers()
+    x = np.ones((4, 3), "float32")
+    model(x)
+    model.compile("adam", "sgd")
+    with pytest.warns(UserWarning, match=r"not compiled: TwoOptimizers.compile takes"):
+        new = kerasnorm.rewrite(model, "none")
+    np.testing.assert_allclose(outputs(new, x)[0], outputs(model, x)[0], atol=1e-5)
+    model, *_ = trained(optimizer=keras.optimizers.SGD(Rates()))
+    with pytest.warns(UserWarning, match=r"not compiled: .* has no config"):
+        assert not kerasnorm.rewrite(model, "none").compiled
+
+
+class Pairs(layers.Layer):
+    """Layers in tuples, inside of what `kind` says."""
+
+    def __init__(self, kind, **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+        pairs = [(layers.Dense(4), layers.BatchNormalization()) for _ in range(2)]
+        kinds = {"list": list, "tuple": tuple, "dict": lambda x: {"a": x[0], "b": x[1]}}
+        self.pairs = kinds[kind](pairs)
+
+    def build(self, shape):
+        for dense, norm in self.each():
+            dense.build(shape)
+            norm.build((*shape[:-1], 4))
+            shape = (*shape[:-1], 4)
+        self.built = True
+
+    def each(self):
+        return self.pairs.values() if isinstance(self.pairs, dict) else self.pairs
+
+    def call(self, x):
+        for dense, norm in self.each():
+            x = norm(dense(x))
+        return x
+
+    def get_config(self):
+        return {**super().get_config(), "kind": self.kind}
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict"])
+def test_layers_in_tuples_within_others(kind, tmp_path):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, Pairs(kind)(inputs))
+    new = kerasnorm.rewrite(model, "ln")
+    norms = [n for _, n in new.layers[-1].each()]
+    assert {type(n).__name__ for n in norms} == {"LayerNormalization"}
+    assert len(new.weights) == len(model.weights) - 4  # no moving statistics
+    new.save(tmp_path / "m.keras")
+    again = keras.saving.load_model(
+        tmp_path / "m.keras", custom_objects={"Pairs": Pairs}
+    )
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype("float32")
+    np.testing.assert_array_equal(outputs(again, x)[0], outputs(new, x)[0])

@@ -123,6 +123,7 @@ def rewrite(
         )
     if fit is not None and method.steps:
         fitted = _fit(model, edited, method, site_map, data, fit, fit_options, verbose)
+        edited.renew_averages()
     report = Report(
         plan=method,
         fit=fitted,
@@ -180,6 +181,7 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
             recurrent.carry_cell(old, new)
         else:
             carry(get(step.method), read(site_map[step.path].layer), held)
+    edited.renew_averages()
     return edited
 
 

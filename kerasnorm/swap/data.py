@@ -90,12 +90,12 @@ def collect(
         _check_shapes(model, part)
     columns = [list(p) for p in zip(*parts, strict=True)]
     arrays = [_joined(p) for p in columns]
-    if batches is None:
-        arrays = _spread(arrays, samples)
-    else:
+    if batches is not None:
         arrays = [a[:samples] for a in arrays]
     for name, a in zip(_names(model, len(arrays)), arrays, strict=True):
         _check_values(name, a)
+    if batches is None:
+        arrays = _spread(arrays, samples)
     stream = None
     once = isinstance(data, Iterator) or _batch_count(data) == math.inf
     if cut and samples is None and not once:

@@ -76,19 +76,23 @@ class Linear:
         y = y.swapaxes(0, 1).reshape(len(x), -1)
         return y + numpy_of(self.layer.bias) if self.layer.use_bias else y
 
-    def update(self, x: Array, y: Array, pull: float) -> None:
-        """Moves the kernel so that the outputs for the rows x come close to y."""
+    def update(self, x: Array, y: Array, pull: float) -> bool:
+        """Moves the kernel so that the outputs for the rows x come close to y. False,
+        and nothing is moved, where the values are too large to solve with."""
         layer = self.layer
         missing = (y - self.forward(x)).reshape(len(y), self.groups, -1)
         solved = [
             solve.ridge(x[:, g], missing[:, g], pull, layer.use_bias)
             for g in range(self.groups)
         ]
+        if not all(np.isfinite(v).all() for pair in solved for v in pair):
+            return False
         change = np.stack([change for change, _ in solved])
         assign(self.kernel, self._kernel_of(self.matrices().astype("float64") + change))
         if layer.use_bias:
             shift = np.concatenate([shift for _, shift in solved])
             assign(layer.bias, numpy_of(layer.bias).astype("float64") + shift)
+        return True
 
 
 class Convolution(Linear):

@@ -399,7 +399,13 @@ class Walk:
                 keep = np.take_along_axis(mask, picked, 1).reshape(-1)
             rows.append(problem.rows(x[k], wanted.shape, picked)[keep])
             targets.append(problem.targets(old, old_x[k], wanted, picked)[keep])
-        problem.update(np.concatenate(rows), np.concatenate(targets), self.pull)
+        with np.errstate(over="ignore", invalid="ignore"):
+            solved = problem.update(
+                np.concatenate(rows), np.concatenate(targets), self.pull
+            )
+        if not solved:
+            self.unsolved.setdefault("values too large", []).append(path)
+            return False
         self.refitted.append(path)
         return True
 

@@ -145,15 +145,20 @@ def _transparent(place) -> bool:
 
 def notes(fold: Fold, config: dict) -> str:
     """What the user should know about the linear layer's training after a fold."""
+    name, told = fold.site.layer.name, []
     held = [
         f"{k.removesuffix('_' + kind)} {kind}"
         for kind in ("regularizer", "constraint")
         for k, value in config.items()
         if k.endswith(f"_{kind}") and value and not k.startswith("activity")
     ]
-    if not held:
-        return ""
-    return f"the {' and '.join(held)} of {fold.site.layer.name} now sees folded weights"
+    if held:
+        told.append(f"the {' and '.join(held)} of {name} now sees folded weights")
+    if config.get("activity_regularizer") and fold.after:
+        told.append(
+            f"the activity regularizer of {name} now sees what was normalized after it"
+        )
+    return "; ".join(told)
 
 
 def edits(fold: Fold, site, linear: dict) -> tuple[Edit, ...]:

@@ -71,6 +71,16 @@ class Reparametrized(keras.layers.Wrapper):
         self.build.__dict__["__signature__"] = inspect.signature(layer.build)
         self.supports_masking = layer.supports_masking
         self._names: list[str] = []
+        for inner in layer._flatten_layers():
+            # They would replace the kernels that are computed from.
+            inner.__dict__["quantize"] = inner.__dict__["enable_lora"] = self._refuse
+
+    def _refuse(self, *args, **kwargs):
+        raise NotImplementedError(
+            f"{type(self).__name__} {self.name!r} computes the kernels of "
+            f"{self.layer.name!r}, which can be quantized or adapted once "
+            "kerasnorm.export(model) has put them in place."
+        )
 
     # What a method writes.
 

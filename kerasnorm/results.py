@@ -140,8 +140,19 @@ def figure(width: float, height: float) -> Any:
 
 
 def drawn(figure: Any, path: str | os.PathLike[str] | None) -> Any:
-    """The figure, also written to the path where there is one."""
+    """The figure, also written to the path where there is one.
+
+    Raises:
+        KerasNormError: the path's ending is of no kind of image.
+    """
     if path is not None:
+        kinds = figure.canvas.get_supported_filetypes()
+        if Path(path).suffix[1:].lower() not in kinds:
+            raise KerasNormError(
+                "the figure's name does not tell its format",
+                got=repr(os.fspath(path)),
+                expected=f"a name that ends in .{', .'.join(sorted(kinds))}",
+            )
         with replacing(path) as partial:
             figure.savefig(partial, dpi=150)
     return figure

@@ -93,6 +93,7 @@ def wrapper(cls: type[Reparametrized]) -> Callable:
             fidelity, note = Fidelity.FRESH, f"the kernel comes out {error:.0%} off"
         elif cls.state is not Reparametrized.state:
             fidelity = Fidelity.AT_INFERENCE  # it moves on in training
+        note = "; ".join(filter(None, (note, _penalties(layer))))
         edit = Edit(site.path, keras.saving.serialize_keras_object(wrapped))
         return Adoption((edit,), fidelity, note)
 
@@ -133,6 +134,18 @@ def _make(cls, layer, plain, options: Options) -> Reparametrized | Refusal:
         return Refusal(Reason.UNDEFINED, f"{layer.name}: {problem}")
     arguments = {**cls.preserving, **options.arguments}
     return adoption.in_place_of(layer, cls, plain, **arguments)
+
+
+def _penalties(layer: Any) -> str:
+    """What the user should know of penalties on a kernel that is computed now."""
+    held = [
+        name.replace("_", " ")
+        for name, value in layer.get_config().items()
+        if value and name.endswith(("kernel_regularizer", "kernel_constraint"))
+    ]
+    if not held:
+        return ""
+    return f"the {' and '.join(held)} now sees what the kernel is computed from"
 
 
 def _error(wrapped: Reparametrized, pairs: Iterable) -> float | Refusal:

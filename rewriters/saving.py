@@ -90,6 +90,10 @@ def check_target(
     Raises:
         RewriteError: `path` cannot be the target.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise RewriteError(
+            "The target is no path", got=repr(path), expected="a str or a pathlib.Path"
+        )
     target = pathlib.Path(path)
     if target.suffix not in SUFFIXES:
         raise RewriteError(

@@ -970,3 +970,17 @@ def test_a_nan_is_told_by_its_place_among_all_samples(rng):
     data[2001] = np.nan
     with pytest.raises(KerasNormError, match=r"1 of 3000 samples, the first .* 2001"):
         kerasnorm.rewrite(model, "ln", data=data, verbose=False)
+
+
+def test_inputs_in_structures_within_structures(rng):
+    a, b = keras.Input((5,)), keras.Input((5,), name="u")
+    x = layers.Dense(4, name="dense")(layers.Concatenate()([a, b]))
+    model = keras.Model([a, {"u": b}], layers.BatchNormalization(name="bn")(x))
+    data = rng.normal(size=(40, 5)).astype("float32")
+    given = [data, {"u": 2 * data}]
+    _, report = kerasnorm.rewrite(
+        randomize(model, rng), "ln", data=given, return_report=True, verbose=False
+    )
+    assert report.fit.samples == 40 and report.rho_squared["bn"] > 0.5
+    with pytest.raises(KerasNormError, match="another structure"):
+        kerasnorm.rewrite(model, "ln", data=[data, data], verbose=False)

@@ -130,6 +130,20 @@ def classes(k):
         def get_config(self):
             return {}
 
+    class Standard(k.Model):
+        """Holds a layer whose adapted values are tensors."""
+
+        def __init__(self):
+            super().__init__()
+            self.normal = layers.Normalization()
+            self.head = layers.Dense(2)
+
+        def call(self, x):
+            return self.head(self.normal(x))
+
+        def get_config(self):
+            return {}
+
     class Chain(k.Sequential):
         """A name of its own, and nothing else."""
 
@@ -155,7 +169,7 @@ def classes(k):
         def get_config(self):
             return {}
 
-    return Block, Sorted, Late, Tracked, Words, Chain, Two
+    return Block, Sorted, Late, Tracked, Words, Standard, Chain, Two
 
 
 def sorted_(k, made):
@@ -202,12 +216,18 @@ def words(k, made):
     return made["Words"]()
 
 
+def standard(k, made):
+    model = made["Standard"]()
+    model.normal.adapt(np.random.default_rng(1).normal(3, 2, (64, 7)))
+    return model
+
+
 def chain(k, made):
     parts = [k.layers.Dense(4), k.layers.Dense(4), k.layers.BatchNormalization()]
     return made["Chain"]([k.Input((7,)), *parts])
 
 
-SUBCLASSED = (sorted_, two, tracked, words)  # which tf-keras keeps out of .h5
+SUBCLASSED = (sorted_, two, tracked, words, standard)  # which tf-keras keeps out of .h5
 MODELS = (
     *SUBCLASSED,
     functional,

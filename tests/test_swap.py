@@ -348,3 +348,26 @@ def test_training_the_copy_leaves_the_original_its_memory(method):
     plain.compile("sgd", "mse")
     plain.fit(x, x[:, :2], verbose=0)
     assert new.predict(x, verbose=0).shape == (8, 2)
+
+
+def test_penalties_that_see_something_else_are_told():
+    dense = layers.Dense(
+        4, kernel_regularizer="l2", activity_regularizer="l2", name="dense"
+    )
+    parts = [dense, layers.BatchNormalization(name="bn")]
+    model = keras.Sequential([keras.Input((3,)), *parts])
+    (step,) = kerasnorm.plan(model, weights="sphere").steps
+    assert "kernel regularizer now sees what the kernel is computed from" in step.note
+    (step,) = kerasnorm.plan(model, "none").steps
+    assert "kernel regularizer of dense now sees folded weights" in step.note
+    assert "activity regularizer of dense now sees what was normalized" in step.note
+
+
+def test_targets_that_are_none():
+    model = zoo.ZOO["sequential"]()
+    for out in (7, b"x.keras"):
+        with pytest.raises(rewriters.RewriteError, match="no path"):
+            kerasnorm.rewrite(model, "none", out=out)
+    _, report = kerasnorm.rewrite(model, "none", return_report=True)
+    with pytest.raises(kerasnorm.KerasNormError, match=r"ends in \..*png"):
+        report.plot("p.xyz")

@@ -270,3 +270,32 @@ def test_tensorflow_addons_golden_outputs(shared, kind):
     for found in (model, kerasnorm.export(model)):
         y = ops.convert_to_numpy(found(golden["x0"], training=False))
         np.testing.assert_allclose(y, golden["y0"], atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")
+@pytest.mark.parametrize("name", ["weight", "spectral"])
+def test_computed_kernels_are_not_quantized(name):
+    inputs = keras.Input((8,))
+    wrapped = WRAPPERS[name](layers.Dense(6))
+    model = keras.Model(inputs, layers.Dense(4)(wrapped(inputs)))
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype("float32")
+    before = model.predict(x, verbose=0)
+    with pytest.warns(UserWarning, match=r"once kerasnorm.export\(model\) has"):
+        model.quantize("int8")
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, atol=0.1)
+    with pytest.raises(NotImplementedError, match="quantized or adapted"):
+        wrapped.layer.enable_lora(2)
+    plain = kerasnorm.export(keras.Sequential([inputs, wrapped]))
+    plain.layers[-1].quantize("int8")
+
+
+def test_frozen_spectral_normalization_keeps_its_state():
+    layer = WRAPPERS["spectral"](layers.Dense(4))
+    layer.build((None, 6))
+    layer.trainable = False
+    before = [ops.convert_to_numpy(v) for v in layer.non_trainable_variables]
+    x = np.ones((3, 6), "float32")
+    y = layer(x, training=True)
+    np.testing.assert_array_equal(y, layer(x, training=False))
+    for v, was in zip(layer.non_trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(v, was)

@@ -252,7 +252,9 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
     takes them."""
     wanted = getattr(model, "_inputs_struct", None)  # None where there is no graph
     names = _names(model)
-    if isinstance(x, Mapping):
+    if _is_deep(wanted):
+        leaves, structure = _leaves(wanted, x), None
+    elif isinstance(x, Mapping):
         order = keys_of(wanted) or names or sorted(x)
         missing = [k for k in order if k not in x]
         if missing:
@@ -287,6 +289,24 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
             expected="as many samples in every input",
         )
     return arrays, structure
+
+
+def _is_deep(wanted: Any) -> bool:
+    """Whether inputs stand in structures within structures."""
+    held = wanted.values() if isinstance(wanted, Mapping) else wanted
+    return tree.is_nested(wanted) and any(tree.is_nested(v) for v in held)
+
+
+def _leaves(wanted: Any, x: Any) -> list[Any]:
+    try:
+        tree.assert_same_structure(wanted, x)
+    except (ValueError, TypeError) as error:
+        raise KerasNormError(
+            "the data has another structure than the model's inputs",
+            got=str(tree.map_structure(lambda v: tuple(np.shape(v)), x)),
+            expected=str(tree.map_structure(lambda t: tuple(t.shape), wanted)),
+        ) from error
+    return tree.flatten(x)
 
 
 def _array(values: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras.src.backend import compute_output_spec
 from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from rewriters.errors import RewriteError, reason
 from rewriters.formats.modernize import problems
@@ -43,7 +44,7 @@ def deferred() -> Iterator[None]:
 
 def makes_variables_of_values(error: Exception) -> bool:
     """Whether a layer, such as a stateful recurrent one, could not be `deferred`."""
-    return "in a stateless scope" in str(error)
+    return "in a stateless scope" in str(error) or isinstance(error, CannotCallError)
 
 
 def discard() -> None:
@@ -117,30 +118,40 @@ def _layer(spec: Spec) -> Any:
     return layer
 
 
+class CannotCallError(RewriteError):
+    """A class of one's own fails on inputs without values."""
+
+
 def _call(model: Any, spec: Spec) -> None:
-    """Calls a subclassed model on no values, which builds the layers that it holds.
+    """Calls a subclassed model, which builds the layers that it holds: on no values
+    where variables are `deferred`, else on zeros.
 
     The file does not say of what type the inputs are: floats, or else integers.
     """
     wrong: Exception | None = None
     for dtype in (None, "int32"):
 
-        def symbolic(shape: Any, dtype: Any = dtype) -> Any:
+        def made(shape: Any, dtype: Any = dtype) -> Any:
             if isinstance(shape, dict):
-                return {k: symbolic(v) for k, v in shape.items()}
-            if all(size is None or isinstance(size, int) for size in shape):
+                return {k: made(v) for k, v in shape.items()}
+            if not all(size is None or isinstance(size, int) for size in shape):
+                return [made(s) for s in shape]
+            if in_stateless_scope():
                 return keras.KerasTensor((None, *shape[1:]), dtype)
-            return [symbolic(s) for s in shape]
+            return keras.ops.zeros([1, *(size or 8 for size in shape[1:])], dtype)
 
         try:
-            compute_output_spec(model, symbolic(spec.input_shape))
+            if in_stateless_scope():
+                compute_output_spec(model, made(spec.input_shape))
+            else:
+                model(made(spec.input_shape))
         except Exception as e:  # the class is the user's
             if makes_variables_of_values(e):
                 raise
             wrong = wrong or e
         else:
             return
-    raise RewriteError(
+    raise CannotCallError(
         f"The class {spec.kind!r} cannot be called",
         got=f"{type(wrong).__name__}: {reason(wrong)} on inputs of {spec.input_shape}",
         expected="a model that runs under Keras 3 on what the stored one was built for",

@@ -10,6 +10,7 @@ from keras import layers
 
 import kerasnorm
 import rewriters
+from kerasnorm.method import get
 from rewriters.compare import outputs
 
 
@@ -377,3 +378,27 @@ def test_layers_in_tuples_within_others(kind, tmp_path):
     )
     x = np.random.default_rng(0).normal(size=(5, 3)).astype("float32")
     np.testing.assert_array_equal(outputs(again, x)[0], outputs(new, x)[0])
+
+
+# JAX gives the buffers of what it trains away.
+DONATES = set(kerasnorm.methods()) if keras.backend.backend() == "jax" else {"weight"}
+
+
+@pytest.mark.parametrize("method", sorted(DONATES - {"adaptive_instance"}))
+def test_training_the_copy_leaves_the_original_its_memory(method):
+    norm = layers.BatchNormalization()
+    parts = [layers.Dense(4, name="body"), norm, layers.Dense(2, name="head")]
+    model = keras.Sequential([keras.Input((3,)), *parts])
+    new = (
+        kerasnorm.rewrite(model, weights=method)
+        if get(method).wrap
+        else kerasnorm.rewrite(model, method, force=True)
+    )
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    new.compile("sgd", "mse")
+    new.fit(x, x[:, :2], verbose=0)
+    assert model.predict(x, verbose=0).shape == (8, 2)
+    plain = kerasnorm.export(new)
+    plain.compile("sgd", "mse")
+    plain.fit(x, x[:, :2], verbose=0)
+    assert new.predict(x, verbose=0).shape == (8, 2)

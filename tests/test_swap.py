@@ -329,27 +329,6 @@ def test_the_states_of_a_recurrent_layer_are_left_alone():
         assert not np.any(keras.ops.convert_to_numpy(state))
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of donated buffers")
-@pytest.mark.parametrize("method", sorted({*METHODS} - {"adaptive_instance"}))
-def test_training_the_copy_leaves_the_original_its_memory(method):
-    norm = layers.BatchNormalization()
-    parts = [layers.Dense(4, name="body"), norm, layers.Dense(2, name="head")]
-    model = keras.Sequential([keras.Input((3,)), *parts])
-    new = (
-        kerasnorm.rewrite(model, weights=method)
-        if get(method).wrap
-        else kerasnorm.rewrite(model, method, force=True)
-    )
-    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
-    new.compile("sgd", "mse")
-    new.fit(x, x[:, :2], verbose=0)
-    assert model.predict(x, verbose=0).shape == (8, 2)
-    plain = kerasnorm.export(new)
-    plain.compile("sgd", "mse")
-    plain.fit(x, x[:, :2], verbose=0)
-    assert new.predict(x, verbose=0).shape == (8, 2)
-
-
 def test_penalties_that_see_something_else_are_told():
     dense = layers.Dense(
         4, kernel_regularizer="l2", activity_regularizer="l2", name="dense"

@@ -344,7 +344,8 @@ class OnSphere(keras.optimizers.Optimizer):
         for i, spheres in self._held.items():
             average = inner._model_variables_moving_average[i]
             w = spheres.split(tensor(average))
-            back = w * (self._radius(i, w) * inverse(spheres.radius(w)))
+            held = spheres.split(tensor(inner._trainable_variables[i]))
+            back = w * (self._radius(i, held) * inverse(spheres.radius(w)))
             average.assign(spheres.join(back))
 
     def _assign(self, variable: Any, value: Tensor) -> None:

@@ -143,15 +143,20 @@ def _transparent(place) -> bool:
     )
 
 
+def penalties(config: dict, but: tuple[str, ...] = ("activity",)) -> list[str]:
+    """The regularizers and constraints in a layer's config, in words."""
+    return [
+        k.replace("_", " ")
+        for kind in ("_regularizer", "_constraint")
+        for k, value in config.items()
+        if k.endswith(kind) and value and not k.startswith(but)
+    ]
+
+
 def notes(fold: Fold, config: dict) -> str:
     """What the user should know about the linear layer's training after a fold."""
     name, told = fold.site.layer.name, []
-    held = [
-        f"{k.removesuffix('_' + kind)} {kind}"
-        for kind in ("regularizer", "constraint")
-        for k, value in config.items()
-        if k.endswith(f"_{kind}") and value and not k.startswith("activity")
-    ]
+    held = penalties(config)
     if held:
         told.append(f"the {' and '.join(held)} of {name} now sees folded weights")
     if config.get("activity_regularizer") and fold.after:

@@ -93,7 +93,10 @@ def wrapper(cls: type[Reparametrized]) -> Callable:
             fidelity, note = Fidelity.FRESH, f"the kernel comes out {error:.0%} off"
         elif cls.state is not Reparametrized.state:
             fidelity = Fidelity.AT_INFERENCE  # it moves on in training
-        note = "; ".join(filter(None, (note, _penalties(layer))))
+        held = folding.penalties(layer.get_config(), but=("activity", "bias"))
+        if held:
+            told = f"the {' and '.join(held)} now sees what the kernel is computed from"
+            note = f"{note}; {told}" if note else told
         edit = Edit(site.path, keras.saving.serialize_keras_object(wrapped))
         return Adoption((edit,), fidelity, note)
 
@@ -134,18 +137,6 @@ def _make(cls, layer, plain, options: Options) -> Reparametrized | Refusal:
         return Refusal(Reason.UNDEFINED, f"{layer.name}: {problem}")
     arguments = {**cls.preserving, **options.arguments}
     return adoption.in_place_of(layer, cls, plain, **arguments)
-
-
-def _penalties(layer: Any) -> str:
-    """What the user should know of penalties on a kernel that is computed now."""
-    held = [
-        name.replace("_", " ")
-        for name, value in layer.get_config().items()
-        if value and name.endswith(("kernel_regularizer", "kernel_constraint"))
-    ]
-    if not held:
-        return ""
-    return f"the {' and '.join(held)} now sees what the kernel is computed from"
 
 
 def _error(wrapped: Reparametrized, pairs: Iterable) -> float | Refusal:

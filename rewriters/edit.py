@@ -48,11 +48,9 @@ class Edited:
         self,
         model: Any,
         layers: dict[int, tuple[Any, Any]],
-        original: Any,
         replaced: set[int],
     ):
-        self.model, self.layers = model, layers
-        self._original, self._replaced = original, replaced
+        self.model, self.layers, self._replaced = model, layers, replaced
 
     def new(self, old: Any) -> Any:
         """The layer that stands where `old` stood, None if it was removed."""
@@ -61,7 +59,7 @@ class Edited:
     def renew_averages(self) -> None:
         """To call when weights of the new model were set: an optimizer that averages
         weights begins at these, or `fit` would bring back what they were."""
-        transfer.renew_averages(self._original, self.model, self.layers, self._replaced)
+        transfer.renew_averages(self.model, self.layers, self._replaced)
 
 
 def edit(
@@ -108,7 +106,7 @@ def edit(
         build_like(model, new_model)
     for old, new in reversed(list(copier.memo.values())):  # owners first
         build_like(old, new)
-    result = Edited(new_model, copier.memo, model, set(replaced))
+    result = Edited(new_model, copier.memo, set(replaced))
     transfer.copy_weights(result.layers, skip=set(replaced))
     transfer.copy_compile_state(model, new_model, result.layers, set(replaced))
     return result

@@ -47,7 +47,7 @@ def children(layer: Any) -> Iterator[tuple[str, Any, Slot | None]]:
     for name, value in list(vars(layer).items()):
         if name in internals() or name == "_functional":
             continue
-        for keys, child in _layers_in(value):
+        for keys, child in layers_in(value):
             if id(child) not in seen:
                 step = "/".join([name, *(str(k) for k in keys)])
                 yield step, child, Slot(layer, name, keys)
@@ -85,15 +85,17 @@ def internals() -> frozenset[str]:
     return frozenset(n for model in models for n in vars(model)) | while_training
 
 
-def _layers_in(value: Any, depth: int = 0) -> Iterator[tuple[tuple, Any]]:
+def layers_in(value: Any, depth: int = 0) -> Iterator[tuple[tuple, Any]]:
+    """`(keys, layer)` of the layers in an attribute's value: it, or what its lists,
+    tuples and dicts hold."""
     if isinstance(value, Layer):
         yield (), value
     elif depth < 8 and isinstance(value, (list, tuple)):
         for k, v in enumerate(value):
-            yield from (((k, *keys), c) for keys, c in _layers_in(v, depth + 1))
+            yield from (((k, *keys), c) for keys, c in layers_in(v, depth + 1))
     elif depth < 8 and isinstance(value, dict):
         for k, v in value.items():
-            yield from (((k, *keys), c) for keys, c in _layers_in(v, depth + 1))
+            yield from (((k, *keys), c) for keys, c in layers_in(v, depth + 1))
 
 
 def walk(root: Any) -> Iterator[tuple[str, Any, bool]]:

@@ -6,7 +6,6 @@ soon as one layer gains or loses a variable.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -116,11 +115,12 @@ def own_variables(layer: Any) -> list[Any]:
 
 def variable_map(pairs: Pairs, skip: set[int] = frozenset()) -> dict[int, Any]:  # type: ignore
     """`id(old variable) -> new variable` over all paired layers."""
-    return {
-        id(v): w
-        for old, new in paired_layers(pairs, skip)
-        for v, w in paired_variables(old, new)
-    }
+    return {id(v): w for v, w in _all_variables(pairs, skip)}
+
+
+def _all_variables(pairs: Pairs, skip: set[int]) -> Iterator[tuple[Any, Any]]:
+    for old, new in paired_layers(pairs, skip):
+        yield from paired_variables(old, new)
 
 
 def copy_compile_state(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None:
@@ -172,14 +172,9 @@ def _for_model(used: Any, copy: Any, new: Any, old: Any) -> Any:
     if inner is None:
         return copy
     if not hasattr(copy, "inner_optimizer"):  # Keras wrapped it when it compiled
-        config = {**used.get_config(), "inner_optimizer": copy}
-        copy = type(used)(**{k: config[k] for k in _arguments_of(type(used), config)})
+        copy = type(used)(copy)
     copy.inner_optimizer = _for_model(inner, copy.inner_optimizer, new, old)
     return copy
-
-
-def _arguments_of(cls: type, config: Mapping[str, Any]) -> list[str]:
-    return [name for name in inspect.signature(cls).parameters if name in config]
 
 
 def _compile_arguments(model: Any) -> dict[str, Any] | None:
@@ -248,22 +243,17 @@ def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:
         )
 
 
-def renew_averages(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None:
+def renew_averages(new: Any, pairs: Pairs, skip: set[int]) -> None:
     """Lets an optimizer's averages of weights (`use_ema`) begin anew where a weight of
     the new model is not that of the old one: `fit` puts the averages in their place."""
     optimizer = getattr(new, "optimizer", None)
-    if optimizer is None or not optimizer.built:
-        return
-    before = {
-        id(w): v
-        for a, b in paired_layers(pairs, skip)
-        for v, w in paired_variables(a, b)
-    }
     while optimizer is not None:
         averages = getattr(optimizer, "_model_variables_moving_average", None)
-        pairs_of = zip(optimizer._trainable_variables, averages or (), strict=False)
-        for w, average in pairs_of:
-            v = before.get(id(w))
-            if v is None or not keras.ops.all(keras.ops.equal(v.value, w.value)):
-                assign(average, w)
+        if averages:
+            before = {id(w): v for v, w in _all_variables(pairs, skip)}
+            weights = optimizer._trainable_variables
+            for w, average in zip(weights, averages, strict=True):
+                v = before.get(id(w))
+                if v is None or not keras.ops.all(keras.ops.equal(v.value, w.value)):
+                    assign(average, w)
         optimizer = getattr(optimizer, "inner_optimizer", None)

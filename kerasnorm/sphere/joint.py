@@ -47,9 +47,9 @@ def update(
         still = tensor(inner._trainable_variables[i])
         square = square - ops.sum(geometry.inner(still, still))
     # The radii are those of the start, and single ones move.
-    now = sum(ops.sum(geometry.inner(a, a)) for a in w)
-    square = ops.square(unless_moved(ops.sqrt(square), ops.sqrt(now)))
-    length = ops.sqrt(square)
+    actual = ops.sqrt(sum(ops.sum(geometry.inner(a, a)) for a in w))
+    length = unless_moved(ops.sqrt(square), actual)
+    square = ops.square(length)
 
     def along(us: list[Tensor]) -> list[Tensor]:
         part = sum(ops.sum(geometry.inner(a, u)) for a, u in zip(w, us, strict=True))

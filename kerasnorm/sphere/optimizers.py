@@ -191,10 +191,10 @@ class OnSphere(keras.optimizers.Optimizer):
             f.kernel.variable.path for f in scale_invariant_weights(old).invariant
         }
         known = {}
-        for i, v in enumerate(model.trainable_variables):
+        for v in model.trainable_variables:
             spheres = held.get(v.path)
             if spheres and v.path not in proved and spheres.shape == tuple(v.shape):
-                known[id(v)] = Spheres(**{**vars(spheres), "index": i})
+                known[id(v)] = spheres
         flows = scale_invariant_weights(model).invariant
         left_out = proved - set(held)
         flows = [f for f in flows if f.kernel.variable.path not in left_out]

@@ -99,7 +99,7 @@ class Convolution(Linear):
     """A convolution, of one group or more: rows are patches."""
 
     def _groups(self) -> int:
-        return self.layer.groups
+        return getattr(self.layer, "groups", 1)  # which only plain ones have
 
     def matrices(self) -> Array:
         """See `Linear.matrices`."""
@@ -171,9 +171,6 @@ class Separable(Convolution):
     def _variable(self) -> Any:
         return self.layer.pointwise_kernel
 
-    def _groups(self) -> int:
-        return 1
-
     def rows(self, x: Any, shape: tuple[int, ...], picked: Array) -> Array:
         """See `Linear.rows`."""
         patches = super().rows(x, shape, picked)
@@ -188,9 +185,6 @@ class Separable(Convolution):
 
 class Transposed(Convolution):
     """A transposed convolution: a convolution of the inputs with zeros in between."""
-
-    def _groups(self) -> int:
-        return 1
 
     def _flipped(self, kernel: Array) -> Array:
         """Between `(taps, filters, channels)` and, from the end, with these two in the
@@ -254,12 +248,9 @@ def problem(layer: Any) -> Linear | str | None:
     kind = KINDS.get(type(layer))
     if kind is None or getattr(layer, "output_padding", None):
         own = getattr(layer, "trainable_variables", ())
-        has_kernel = any(v.name.endswith("kernel") and len(v.shape) > 1 for v in own)
-        return (
-            f"no problem of least squares: {type(layer).__name__}"
-            if has_kernel
-            else None
-        )
+        if any(v.name.endswith("kernel") and len(v.shape) > 1 for v in own):
+            return f"no problem of least squares: {type(layer).__name__}"
+        return None
     if not layer.trainable:
         return "frozen"
     found = kind(layer)

@@ -363,29 +363,28 @@ class Walk:
     # -------------------------------------------------------------- linear
 
     def _linear(self, s: Instruction, t: Instruction) -> None:
-        found = linear.problem(s.operation)
-        if found is None:
-            return
-        calls = [i for i in self.order if i.operation is t.operation]
-        if len(calls) > 1:  # one kernel cannot follow several calls one by one
-            found = "called several times"
+        calls = sum(i.operation is t.operation for i in self.order)
         x = self.student.env[s.inputs[0]]
         old = self.teacher.env[t.inputs[0]], self.teacher.env[t.outputs[0]]
-        self._solve_linear(s.path, found, t.operation, x, *old)
+        self._solve_linear(s.path, s.operation, calls, t.operation, x, *old)
 
     def _solve_linear(
         self,
         path: str,
-        problem: linear.Linear | str | None,
+        layer: Any,
+        calls: int,
         old: Any,
         x: Parts,
         old_x: Parts,
         old_y: Parts,
     ) -> bool:
-        if not isinstance(problem, linear.Linear):
-            paths = self.unsolved.setdefault(str(problem), [])
-            paths += [] if path in paths else [path]
+        problem = linear.problem(layer)
+        if problem is None:
             return False
+        if calls > 1:  # one kernel cannot follow several calls one by one
+            return self._leave(path, "called several times")
+        if isinstance(problem, str):
+            return self._leave(path, problem)
         limit = min(2**15, max(2**12, 8 * problem.columns))
         sampler = Sampler(limit, self.samples, self.seed)
         rows, targets = [], []
@@ -404,10 +403,15 @@ class Walk:
                 np.concatenate(rows), np.concatenate(targets), self.pull
             )
         if not solved:
-            self.unsolved.setdefault("values too large", []).append(path)
-            return False
+            return self._leave(path, "values too large")
         self.refitted.append(path)
         return True
+
+    def _leave(self, path: str, why: str) -> bool:
+        paths = self.unsolved.setdefault(why, [])
+        if path not in paths:
+            paths.append(path)
+        return False
 
     # ------------------------------------------------- inside a custom layer
 
@@ -455,13 +459,16 @@ class Walk:
                 return None
             if id(layer) in self.pairs:
                 self._solve_call(layer, args, kwargs, x, y)
-            else:
-                several = len(calls[id(layer)]) > 1
-                found = "called several times" if several else linear.problem(layer)
-                if not self._solve_linear(
-                    layer.path, found, olds[id(layer)], [x], [old_x], [y]
-                ):
-                    return None
+            elif not self._solve_linear(
+                layer.path,
+                layer,
+                len(calls[id(layer)]),
+                olds[id(layer)],
+                [x],
+                [old_x],
+                [y],
+            ):
+                return None
             return type(layer).call(layer, *args, **kwargs)
 
         with watching([n for n, _ in inside], note, result=True):

@@ -8,6 +8,7 @@ them, each from its stored value, once every shape was found in the file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -128,23 +129,23 @@ def _call(model: Any, spec: Spec) -> None:
 
     The file does not say of what type the inputs are: floats, or else integers.
     """
+    without = in_stateless_scope()
+
+    def blank(shape: Any, dtype: Any) -> Any:
+        if without:
+            return keras.KerasTensor((None, *shape[1:]), dtype)
+        return keras.ops.zeros([1, *(size or 8 for size in shape[1:])], dtype)
+
     wrong: Exception | None = None
     for dtype in (None, "int32"):
-
-        def made(shape: Any, dtype: Any = dtype) -> Any:
-            if isinstance(shape, dict):
-                return {k: made(v) for k, v in shape.items()}
-            if not all(size is None or isinstance(size, int) for size in shape):
-                return [made(s) for s in shape]
-            if in_stateless_scope():
-                return keras.KerasTensor((None, *shape[1:]), dtype)
-            return keras.ops.zeros([1, *(size or 8 for size in shape[1:])], dtype)
-
+        inputs = keras.tree.map_shape_structure(
+            functools.partial(blank, dtype=dtype), spec.input_shape
+        )
         try:
-            if in_stateless_scope():
-                compute_output_spec(model, made(spec.input_shape))
+            if without:
+                compute_output_spec(model, inputs)
             else:
-                model(made(spec.input_shape))
+                model(inputs)
         except Exception as e:  # the class is the user's
             if makes_variables_of_values(e):
                 raise
@@ -162,14 +163,10 @@ def _call(model: Any, spec: Spec) -> None:
 def _build_inside(layer: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Builds what a layer of one's own holds and only its call does: Keras asks for the
     call alone where the class does not compute the shape of its output itself."""
-    if not type(layer).__module__.startswith("keras.") or _holds_own(layer):
-        if any(not x.built for x in layer._flatten_layers()):
-            compute_output_spec(layer.call, *args, **kwargs)
-
-
-def _holds_own(layer: Any) -> bool:
-    inner = layer._flatten_layers(include_self=False)
-    return any(not type(x).__module__.startswith("keras.") for x in inner)
+    inner = list(layer._flatten_layers())
+    own = any(not type(x).__module__.startswith("keras.") for x in inner)
+    if own and any(not x.built for x in inner):
+        compute_output_spec(layer.call, *args, **kwargs)
 
 
 def _functional(spec: Spec) -> Any:

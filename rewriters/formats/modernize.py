@@ -19,7 +19,7 @@ from keras.src.utils.naming import to_snake_case
 
 from rewriters.errors import RewriteError
 from rewriters.formats import foreign, keras1, keras2, tensorflow_ops
-from rewriters.formats.saved import Saved
+from rewriters.formats.saved import Saved, has_layers
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs, safe_name
 
 
@@ -281,8 +281,7 @@ class _Translator:
     # Models
 
     def _is_model(self, kind: str, config: dict[str, Any], custom: Any) -> bool:
-        layers = config.get("layers")
-        if not (isinstance(layers, list) and all(isinstance(x, dict) for x in layers)):
+        if not has_layers(config):
             return False
         plain = isinstance(custom, type) and issubclass(custom, keras.Sequential)
         plain = plain and custom.__init__ is keras.Sequential.__init__

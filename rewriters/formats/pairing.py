@@ -12,6 +12,7 @@ from keras.src.models.functional import Functional
 from rewriters.errors import RewriteError
 from rewriters.formats import keras1
 from rewriters.formats.saved import Array
+from rewriters.holders import layers_in
 
 
 Pairs = list[tuple[Any, Array]]
@@ -52,24 +53,21 @@ def layers_of(layer: Any) -> list[Any]:
     if type(layer).__module__.startswith("keras."):
         return inner
     found: dict[int, Any] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, keras.layers.Layer):
-            found.setdefault(id(value), value)
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                visit(value[key])
-        elif isinstance(value, (list, tuple)):
-            for held in value:
-                visit(held)
-
     for name, value in vars(layer).items():
         if not name.startswith(_LISTS):
-            visit(value)
+            for _, child in sorted(layers_in(value), key=_place):
+                found.setdefault(id(child), child)
     known = {id(x) for x in inner}
-    return [x for x in found.values() if id(x) in known] + [
-        x for x in inner if id(x) not in found
+    return [
+        *(x for x in found.values() if id(x) in known),
+        *(x for x in inner if id(x) not in found),
     ]
+
+
+def _place(held: tuple[tuple, Any]) -> list[tuple]:
+    """Indices of lists by value, keys of dicts by name."""
+    keys, _ = held
+    return [(0, k, "") if isinstance(k, int) else (1, 0, str(k)) for k in keys]
 
 
 def pair(variables: list[Any], arrays: list[Array], where: str) -> Pairs:

@@ -100,3 +100,10 @@ def check_model_entry(config: Any) -> dict[str, Any]:
         expected="a class_name and a config",
         fix="The file is damaged: fetch or save it again",
     )
+
+
+def has_layers(config: dict[str, Any]) -> bool:
+    """Whether a model's config is of layers, not of a class of one's own, which may
+    call something else so."""
+    layers = config.get("layers")
+    return isinstance(layers, list) and all(isinstance(x, dict) for x in layers)

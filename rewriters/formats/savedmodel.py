@@ -6,7 +6,13 @@ import pathlib
 from typing import Any
 
 from rewriters.errors import RewriteError
-from rewriters.formats.saved import Array, Saved, check_model_entry, parse_json
+from rewriters.formats.saved import (
+    Array,
+    Saved,
+    check_model_entry,
+    has_layers,
+    parse_json,
+)
 from rewriters.formats.tensor_bundle import (
     damaged,
     fields,
@@ -51,16 +57,15 @@ def read(path: str) -> Saved:
             fix="Build it in code and load its weights from the SavedModel",
         )
     arrays = _arrays(path, nodes)
-    held = root["config"].get("layers")
-    own = not (isinstance(held, list) and all(isinstance(x, dict) for x in held))
+    own = not has_layers(root["config"])
     found = _layer_nodes(nodes, metadata) + (_attributes(nodes) if own else [])
     layers = {
         name: [arrays[i] for i in _variables(nodes, node) if i in arrays]
         for name, node in found
     }
     if own:
-        held = nodes[0]["children"].values()
-        layers[""] = [arrays[i] for i in held if i in arrays]
+        children = nodes[0]["children"].values()
+        layers[""] = [arrays[i] for i in children if i in arrays]
     return Saved(
         config=check_model_entry(root),
         version=_version(root),

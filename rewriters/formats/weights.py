@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 
 from rewriters.formats import keras1, tree
 from rewriters.formats.pairing import Pairs, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import Spec, safe_name
+from rewriters.holders import layers_in
 
 
 def match(model: Any, spec: Spec, saved: Saved) -> Pairs:
@@ -89,8 +89,11 @@ def _by_name(model: Any, spec: Spec, saved: Saved) -> dict[str, Any]:
     """
     layers = {layer.name: layer for layer in model.layers}
     if spec.layers is None:
-        paths = {safe_name(path): _attribute(model, path) for path in saved.layers}
-        return layers | {path: x for path, x in paths.items() if x is not None}
+        return layers | {
+            safe_name("/".join([name, *map(str, keys)])): child
+            for name, value in vars(model).items()
+            for keys, child in layers_in(value)
+        }
     nameless = [
         s.name
         for s in spec.layers
@@ -105,20 +108,6 @@ def _by_name(model: Any, spec: Spec, saved: Saved) -> dict[str, Any]:
     if len(unknown) != len(heavy):
         return layers
     return named | dict(zip(unknown, heavy, strict=True))
-
-
-def _attribute(model: Any, path: str) -> Any:
-    """The layer at a path as `"head"`, `"blocks/0"` or `"branches/left"`."""
-    held = model
-    for part in path.split("/"):
-        if isinstance(held, (list, tuple)):
-            inside = part.isdigit() and int(part) < len(held)
-            held = held[int(part)] if inside else None
-        elif isinstance(held, dict):
-            held = held.get(part)
-        else:
-            held = getattr(held, part, None)
-    return held if isinstance(held, keras.layers.Layer) else None
 
 
 def _renamed(arrays: list[Array], spec: Spec | None) -> list[Array]:

@@ -171,7 +171,7 @@ def _for_model(used: Any, copy: Any, new: Any, old: Any) -> Any:
     inner = getattr(used, "inner_optimizer", None)
     if inner is None:
         return copy
-    if not hasattr(copy, "inner_optimizer"):  # Keras wrapped it when it compiled
+    if type(copy) is not type(used):  # Keras wrapped it when it compiled
         copy = type(used)(copy)
     copy.inner_optimizer = _for_model(inner, copy.inner_optimizer, new, old)
     return copy
@@ -253,6 +253,8 @@ def renew_averages(new: Any, pairs: Pairs, skip: set[int]) -> None:
             before = {id(w): v for v, w in _all_variables(pairs, skip)}
             weights = optimizer._trainable_variables
             for w, average in zip(weights, averages, strict=True):
+                if average is None:  # of a state that the gradient overwrites
+                    continue
                 v = before.get(id(w))
                 if v is None or not keras.ops.all(keras.ops.equal(v.value, w.value)):
                     assign(average, w)

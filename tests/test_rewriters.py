@@ -300,6 +300,14 @@ def test_averages_of_weights_begin_at_what_was_set(method, fit):
             np.testing.assert_allclose(now, was, rtol=1e-5, err_msg=v.path)
 
 
+def test_a_state_that_the_gradient_overwrites_has_no_average():
+    model, x, _ = trained(optimizer=keras.optimizers.Adam(0.01, use_ema=True))
+    new = kerasnorm.rewrite(model, "streaming", force=True)
+    averages = new.optimizer._model_variables_moving_average
+    assert any(average is None for average in averages)
+    assert outputs(new, x)[0].shape == outputs(model, x)[0].shape
+
+
 class TwoOptimizers(keras.Model):
     """Compiles as Keras's own GAN example does."""
 

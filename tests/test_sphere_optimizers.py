@@ -555,3 +555,20 @@ def test_weights_set_from_outside_keep_their_length(spheres, rng):
     now = [ops.convert_to_numpy(v) for v in held]
     assert length(now) == pytest.approx(length(values), rel=1e-5)
     assert any(np.max(np.abs(a - b)) > 1e-4 for a, b in zip(now, values, strict=True))
+
+
+def test_a_rewritten_model_of_mixed_precision_keeps_what_was_around_it(rng):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        parts = [layers.Dense(4, use_bias=False), layers.BatchNormalization()]
+        model = keras.Sequential([keras.Input((6,)), *parts, layers.Dense(3)])
+        model.compile(OnSphere(O.SGD(0.1), model), loss())
+        x = rng.normal(size=(16, 6)).astype("float32")
+        model.fit(x, np.arange(16) % 3, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert type(model.optimizer) is O.LossScaleOptimizer  # by Keras itself
+    new = kerasnorm.rewrite(model, weights="weight")
+    assert type(new.optimizer) is O.LossScaleOptimizer
+    assert type(new.optimizer.inner_optimizer) is OnSphere
+    new.fit(x, np.arange(16) % 3, verbose=0)

@@ -182,13 +182,16 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean over the last axis of `(rows, columns)`, of `x * weights` where given.
+    """Mean over the last axis, of `x * weights` where given: `(columns,)`, or one of
+    several rows, `(groups, columns)`.
 
     On a CPU a matrix product is the fastest where there are weights, which it takes
     along, and under TensorFlow. Elsewhere it may run in reduced precision (TF32,
     bfloat16), so it is not used there.
     """
     columns = x.shape[-1]
+    if weights is not None and len(weights.shape) > 1:
+        x, weights = x * weights, None
     product = weights is not None or keras.backend.backend() == "tensorflow"
     if on_cpu() and product and SHORT <= columns < LONG:
         if weights is None:
@@ -198,10 +201,10 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def row_mean_square(x: Tensor) -> Tensor:
-    """Mean over the last axis of `(rows, columns)` of `x**2`."""
+    """Mean over the last axis of `x**2`."""
     if on_cpu() and _under_tensorflow_xla():
         return row_mean(ops.square(x))
-    return mean_square(x, (1,), float(x.shape[-1]))
+    return mean_square(x, (-1,), float(x.shape[-1]))
 
 
 def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
@@ -225,12 +228,12 @@ def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
 
 
 def column_sum(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Sum over the first axis of `(rows, columns)`, weighted by `(rows, 1)`.
+    """Sum over the first axis, weighted by `(rows, 1)`, or `(rows, groups, 1)`.
 
-    On a CPU a matrix product is the fastest, but for XLA as TensorFlow calls it, which
-    reduces together with what comes before.
+    On a CPU a matrix product is the fastest of `(rows, columns)`, but for XLA as
+    TensorFlow calls it, which reduces together with what comes before.
     """
-    if not on_cpu() or _under_tensorflow_xla():
+    if len(x.shape) > 2 or not on_cpu() or _under_tensorflow_xla():
         return ops.sum(x if weights is None else x * weights, axis=0)
     if weights is None:
         weights = ops.ones((ops.shape(x)[0], 1), x.dtype)

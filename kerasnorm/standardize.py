@@ -33,8 +33,10 @@ def rows(
     beta: Tensor | None = None,
     center: bool = True,
     gain: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """Normalizes each row of `(..., columns)` by its own moments.
+    """Normalizes each row of `(..., columns)`, or each group of neighbours in it, by
+    its own moments.
 
     The gradient is written out: with h the normalized row and P its mean,
     `dx = (w - P(w) - h P(w h)) / sigma`, `w = dy * gamma * gain`.
@@ -44,9 +46,12 @@ def rows(
         epsilon: added to the variance.
         gamma, beta: `(columns,)`.
         center: False divides by the root mean square.
-        gain: `(1,)`, multiplies all; cheaper than a gamma of equal numbers.
+        gain: `(1,)`, multiplies all; cheaper than a gamma of equal numbers. Not with
+            groups.
+        groups: number of groups; divides the columns.
     """
-    shape, width = ops.shape(x), x.shape[-1]
+    width = x.shape[-1] // groups
+    parts = (width,) if groups == 1 else (groups, width)
 
     def kernel(x, gamma=None, beta=None, gain=None):
         mean = backend.row_mean(x) if center else None
@@ -83,10 +88,10 @@ def rows(
 
         return y, backward
 
-    flat = ops.reshape(x, (-1, width))
-    return ops.reshape(
-        with_gradient(kernel, flat, gamma=gamma, beta=beta, gain=gain), shape
-    )
+    gamma, beta = (v if v is None else ops.reshape(v, parts) for v in (gamma, beta))
+    flat = ops.reshape(x, (-1, *parts))
+    y = with_gradient(kernel, flat, gamma=gamma, beta=beta, gain=gain)
+    return ops.reshape(y, ops.shape(x))
 
 
 def samples(

@@ -70,15 +70,10 @@ class GroupNormalization(Normalization):
         if mask is not None:
             return super().normalize(x, mask, training)
         gamma, beta = self.affine(x.dtype)
-        if x.shape[1] != 1:
-            groups = self._groups(x)
-            return standardize.groups(x, groups, self.epsilon, gamma, beta)
-        # One position: the groups are rows, and nothing needs pooling.
-        rows = ops.reshape(x, (-1, x.shape[-1] // self._groups(x)))
-        y = standardize.rows(rows, self.epsilon)
-        y = ops.reshape(y, ops.shape(x))
-        y = y if gamma is None else y * gamma
-        return y if beta is None else y + beta
+        # One position: the groups are parts of a row, and nothing needs pooling.
+        of = standardize.rows if x.shape[1] == 1 else standardize.groups
+        groups = self._groups(x)
+        return of(x, epsilon=self.epsilon, gamma=gamma, beta=beta, groups=groups)
 
     def _groups(self, x):
         return x.shape[-1] if self.groups == -1 else self.groups

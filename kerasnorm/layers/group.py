@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
 from kerasnorm import adoption, numerics, standardize
 from kerasnorm.errors import KerasNormError

@@ -105,6 +105,8 @@ def of_keras(method, shape):
             timing.wrapped_layer(shape)(layers)
         ),
     }
+    if keras.backend.backend() != "tensorflow":
+        del makers["sync"]  # Keras has it on TensorFlow alone
     return makers[method]() if method in makers else None
 
 

@@ -22,7 +22,7 @@ from keras.src import backend as keras_backend  # `rnn` has no public name
 from kerasnorm.errors import KerasNormError, accepting
 from kerasnorm.method import Adoption, Edit, Fidelity, Method, Reason, Refusal, get
 from rewriters.graph import Site
-from rewriters.transfer import assign, own_variables
+from rewriters.transfer import assign, copy_weights, own_variables
 
 
 Tensor = Any
@@ -471,10 +471,10 @@ class SimpleRNN(_CellLayer):
 # ------------------------------------------------------------------ rewriting
 
 
-TWINS = {
-    keras.layers.LSTM: LSTM,
-    keras.layers.GRU: GRU,
-    keras.layers.SimpleRNN: SimpleRNN,
+# Keras's class -> the normalized one.
+TWINS = {getattr(keras.layers, k.__name__): k for k in (LSTM, GRU, SimpleRNN)}
+CELLS = {
+    getattr(keras.layers, k.cell_class.__name__): k.cell_class for k in TWINS.values()
 }
 
 
@@ -493,33 +493,86 @@ def adopt_cell(
         options: of the cells that have them, such as `cell_state`.
 
     Returns:
-        None where the site holds no LSTM, GRU or SimpleRNN.
+        None where the site holds no recurrent cell, or none without norms.
     """
     kind = TWINS.get(type(site.layer))
-    if kind is None:
-        return None
-    config = site.layer.get_config()
-    for word in ("implementation", "use_cudnn", "time_major"):
-        config.pop(word, None)
-    config |= {k: v for k, v in options.items() if k in cell_options(kind)}
+    made = {"norm": norm, "norm_arguments": dict(arguments)}
     try:
-        layer = kind(**config, norm=norm, norm_arguments=dict(arguments))
+        if kind is not None:
+            config = site.layer.get_config()
+            for word in ("implementation", "use_cudnn", "time_major"):
+                config.pop(word, None)
+            layer = kind(**config, **_known(options, kind.cell_class), **made)
+        else:
+            layer = _with_twins(site.layer, options, made)
     except KerasNormError as error:
         return Refusal(Reason.NO_RULE, error.what, error.fix)
+    if layer is None:
+        return None
     edit = Edit(site.path, keras.saving.serialize_keras_object(layer))
     return Adoption((edit,), Fidelity.FRESH, "kernels kept, the norms are new")
 
 
-def cell_options(kind: Any) -> set[str]:
-    """Arguments that the cell of a layer has beside those of Keras's."""
-    own = set(inspect.signature(kind.cell_class.__init__).parameters)
+def _with_twins(layer: Any, options: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
+    """`layer`, an RNN, with twins of the cells that have one; None where nothing is to
+    be done."""
+    cells = cells_of(layer) if isinstance(layer, keras.layers.RNN) else []
+    if not cells or any(isinstance(cell, _Normalized) for cell in cells):
+        return None
+    kinds = [CELLS.get(type(cell)) for cell in cells]
+    if type(layer) not in (keras.layers.RNN, RNN) or not any(kinds):
+        raise KerasNormError(
+            f"there is no normalized {type(cells[0]).__name__}",
+            got=f"{type(layer).__name__} {layer.name!r}",
+            expected=f"one of {', '.join(k.__name__ for k in CELLS)}",
+        )
+    twins = [
+        kind(**{**cell.get_config(), **_known(options, kind), **made}) if kind else cell
+        for kind, cell in zip(kinds, cells, strict=True)
+    ]
+    stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
+    if stacked and _follows(get(made["norm"]).layer):
+        raise KerasNormError(
+            f"{get(made['norm']).title.lower()} does not follow stacked cells",
+            got=f"{len(cells)} cells in {layer.name!r}",
+            expected="one cell",
+            fix="a layer for each of the cells",
+        )
+    if stacked:
+        config = layer.cell.get_config()
+        made = [keras.saving.serialize_keras_object(cell) for cell in twins]
+        cell = keras.layers.StackedRNNCells.from_config({**config, "cells": made})
+    else:
+        (cell,) = twins
+    config = layer.get_config()
+    config["cell"] = keras.saving.serialize_keras_object(cell)
+    return RNN.from_config(config)
+
+
+def _known(options: Mapping[str, Any], cell: Any) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k in cell_options(cell)}
+
+
+def cells_of(layer: Any) -> list[Any]:
+    """The cells of a recurrent layer, in order; none of any other."""
+    cell = getattr(layer, "cell", None)
+    return [] if cell is None else list(getattr(cell, "cells", [cell]))
+
+
+def cell_options(cell: Any) -> set[str]:
+    """Arguments that a cell of this module has beside those of Keras's."""
+    own = set(inspect.signature(cell.__init__).parameters)
     return own - {"self", "units", "norm", "norm_arguments", "kwargs"}
 
 
-def carry_cell(old: Any, new: Any) -> None:
-    """Copies the kernels and biases of a recurrent layer's cell to its twin's."""
-    twins = {v.name: v for v in own_variables(new.cell)}
-    for variable in own_variables(old.cell):
-        twin = twins.get(variable.name)
-        if twin is not None and twin.shape == variable.shape:
-            assign(twin, variable)
+def carry_cells(old: Any, new: Any) -> None:
+    """Copies the weights of a recurrent layer's cells to those of its twin."""
+    for before, after in zip(cells_of(old), cells_of(new), strict=True):
+        if type(before) is type(after):
+            copy_weights({id(before): (before, after)})
+            continue
+        twins = {v.name: v for v in own_variables(after)}
+        for variable in own_variables(before):
+            twin = twins.get(variable.name)
+            if twin is not None and twin.shape == variable.shape:
+                assign(twin, variable)

@@ -291,13 +291,13 @@ class _Copier:
         return self._as_class(model, new)
 
     def _as_class(self, model: Any, new: Any) -> Any:
-        """A subclass of Functional or Sequential keeps its class and attributes."""
+        """Keeps the attributes, and the class of a subclass of Functional or
+        Sequential."""
         if new.dtype_policy.name != model.dtype_policy.name:  # the global one is new
             new.dtype_policy = model.dtype_policy
-        if type(model) is type(new):
-            return new
+        own = type(model) is not type(new)
         new.__class__ = type(model)
-        if not _rebuilds_graph(model):
+        if own and not _rebuilds_graph(model):
             exchanged = {
                 step: Exchange(step, (), self.memo[id(child)][1], graph=True)
                 for step, child, slot in children(model)

@@ -81,6 +81,7 @@ def internals() -> frozenset[str]:
         "stop_predicting",
         "_eval_epoch_iterator",
         "_compiled_trainable_state",
+        "_jax_state",
     }
     return frozenset(n for model in models for n in vars(model)) | while_training
 

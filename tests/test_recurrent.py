@@ -356,6 +356,65 @@ def test_cells_of_a_trained_model_are_normalized(norm, eagerly, tmp_path):
         assert np.isfinite(numpy(fitted(X))).all()
 
 
+@keras.saving.register_keras_serializable("test_recurrent")
+class Leak(keras.layers.Layer):
+    """A cell of one's own, which has no normalized twin."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = self.state_size = self.output_size = units
+        self.dense = keras.layers.Dense(units)
+
+    def build(self, input_shape):
+        self.dense.build(input_shape)
+
+    def call(self, inputs, states):
+        h = 0.5 * states[0] + self.dense(inputs)
+        return h, [h]
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def test_rewrite_of_layers_around_cells(tmp_path):
+    layers = keras.layers
+    inputs = keras.Input((5, 3))
+    stack = [layers.LSTMCell(4), Leak(3), layers.GRUCell(4, reset_after=False)]
+    x = layers.RNN(stack, return_sequences=True, name="stack")(inputs)
+    both = layers.Bidirectional(layers.RNN(layers.LSTMCell(2), return_sequences=True))
+    x = layers.RNN(layers.SimpleRNNCell(4), name="alone")(both(x))
+    model = keras.Model(inputs, x)
+    before = [numpy(w) for w in model.weights]
+    new = kerasnorm.rewrite(model, "ln", cells={"cell_state": "carry"})
+    old_cells, cells = (m.get_layer("stack").cell.cells for m in (model, new))
+    kinds = [type(c) for c in cells]
+    assert kinds == [kerasnorm.recurrent.LSTMCell, Leak, kerasnorm.recurrent.GRUCell]
+    assert cells[0].cell_state == "carry"
+    for old, cell in zip(old_cells, cells, strict=True):
+        found = {v.name: numpy(v) for v in cell.weights}
+        for v in old.weights:
+            np.testing.assert_array_equal(found[v.name], numpy(v))
+    np.testing.assert_array_equal(
+        numpy(new.get_layer("alone").cell.kernel),
+        numpy(model.get_layer("alone").cell.kernel),
+    )
+    for ours, theirs in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(ours, numpy(theirs))
+    new.compile("adam", "mse", jit_compile=False)
+    new.fit(X, X[:, 0, :1] + np.zeros((1, 4), "float32"), verbose=0)
+    new.save(tmp_path / "new.keras")
+    again = keras.models.load_model(tmp_path / "new.keras")
+    np.testing.assert_array_equal(numpy(again(X)), numpy(new(X)))
+    followed = kerasnorm.plan(model, "streaming", cells=True)
+    assert [r.path for r in followed.refused] == ["stack"]
+    assert len(followed.steps) == 3
+    kerasnorm.rewrite(model, followed)(X)
+    movie = keras.Sequential([keras.Input((5, 4, 4, 1)), layers.ConvLSTM2D(2, 3)])
+    for other in (movie, keras.Sequential([inputs, layers.RNN(Leak(2))])):
+        plan = kerasnorm.plan(other, "ln", cells=True)
+        assert not plan.steps and "no normalized" in plan.refused[0].detail
+
+
 @pytest.mark.parametrize("kind", SEQUENCE)
 def test_masked_sequences_of_any_length(kind):
     inputs = keras.Input((None, 3))

@@ -410,3 +410,22 @@ def test_training_the_copy_leaves_the_original_its_memory(method):
     plain.compile("sgd", "mse")
     plain.fit(x, x[:, :2], verbose=0)
     assert new.predict(x, verbose=0).shape == (8, 2)
+
+
+@pytest.mark.parametrize("kind", ["functional", "sequential"])
+def test_attributes_of_a_plain_model_stay(kind):
+    inputs = keras.Input((4,))
+    body = keras.Sequential([layers.Dense(3), layers.BatchNormalization()], name="body")
+    if kind == "functional":
+        model = keras.Model(inputs, body(inputs))
+    else:
+        model = keras.Sequential([inputs, body])
+    model.class_names, model.threshold, model.body = ["a", "b"], 0.3, body
+    x = np.ones((8, 4), "float32")
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(x, x[:, :3], verbose=0)
+    new = kerasnorm.rewrite(model, "ln")
+    assert list(new.class_names) == ["a", "b"] and new.threshold == 0.3
+    assert new.body is new.get_layer("body") and model.body is body
+    assert not hasattr(new, "history")
+    new.fit(x, x[:, :3], verbose=0)

@@ -177,8 +177,8 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
             for old in [site_map[e.path].layer]
         }
         old, new = held.get(step.path, (None, None))
-        if new is not None and type(new) is recurrent.TWINS.get(type(old)):
-            recurrent.carry_cell(old, new)
+        if isinstance(new, recurrent.RNN):
+            recurrent.carry_cells(old, new)
         else:
             carry(get(step.method), read(site_map[step.path].layer), held)
     edited.renew_averages()

@@ -300,7 +300,7 @@ def _cell_options(cells: bool | Mapping[str, Any]) -> Mapping[str, Any]:
             expected="True, False, or a dict of further arguments of the cells",
         )
     options = cells if isinstance(cells, Mapping) else {}
-    known = set().union(*map(recurrent.cell_options, recurrent.TWINS.values()))
+    known = set().union(*map(recurrent.cell_options, recurrent.CELLS.values()))
     for name in options:
         if name not in known:
             raise KerasNormError(

@@ -242,8 +242,9 @@ def mean(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
     if axes == (0,) and on_jax_cpu():
         total = column_sum(ops.reshape(x, (x.shape[0], -1)))
         return ops.reshape(total, (1, *x.shape[1:])) / n
-    few = axes == (1,) and (x.shape[1] or SHORT) < SHORT
-    if len(x.shape) != 3 or axes not in ((1,), (0, 1)) or few or not _plain_cpu():
+    if len(x.shape) != 3 or axes not in ((1,), (0, 1)) or not _plain_cpu():
+        return ops.sum(x, axes, keepdims=True) / n
+    if axes == (1,) and (x.shape[1] or SHORT) < SHORT:
         return ops.sum(x, axes, keepdims=True) / n
     if axes == (0, 1) and x.shape[0] != 1:
         x = ops.reshape(x, (1, -1, x.shape[-1]))

@@ -195,7 +195,9 @@ class Graph:
             )
         else:
             steps, self.outputs = _of_subclass(site_map.model)
-        self.steps = [s for i in steps for s in _expand(i)]
+        reads = _Reads()
+        self.steps = [s for i in steps for s in _expand(i, reads)]
+        self.read_apart = reads.seen
         self.users: dict[int, list[int]] = {}
         self.readers: dict[Value, list[int]] = {}
         for n, step in enumerate(self.steps):
@@ -210,6 +212,8 @@ class Graph:
         Raises:
             Stop: it can reach the output, or nobody knows.
         """
+        if id(ties.kernel.variable) in self.read_apart:
+            raise Stop("it is also read outside its layer", False)
         starts = self.users.get(id(ties.kernel.layer), [])
         if not starts:
             raise Stop("no call of it is known", False)
@@ -248,17 +252,32 @@ def _held(operation: Any) -> Iterator[Any]:
 # ------------------------------------------------------- following custom layers
 
 
-def _expand(step: Instruction) -> Iterator[Instruction]:
+class _Reads(keras.StatelessScope):
+    """Notes which variables the code of a layer reads itself: in the calls of inner
+    layers, which run in scopes of their own, it hears nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def get_current_value(self, variable):
+        self.seen.add(id(variable))
+        return super().get_current_value(variable)
+
+
+def _expand(step: Instruction, reads: _Reads) -> Iterator[Instruction]:
+    leaves = tree.flatten((step.args, step.kwargs))
+    reads.seen |= {id(v) for v in leaves if isinstance(v, keras.Variable)}
     if is_known(step.operation):
         yield step
         return
     try:
-        steps = _traced(step)
+        steps = _traced(step, reads)
     except Exception:  # tensors of a kind of its own, data-dependent Python, ...
         yield step
         return
     for inner in steps:
-        yield from _expand(inner)
+        yield from _expand(inner, reads)
 
 
 def _of_subclass(model: Any) -> tuple[list[Instruction], tuple[Value, ...]]:
@@ -273,7 +292,7 @@ def _of_subclass(model: Any) -> tuple[list[Instruction], tuple[Value, ...]]:
     return [step], outputs
 
 
-def _traced(step: Instruction) -> list[Instruction]:
+def _traced(step: Instruction, reads: _Reads) -> list[Instruction]:
     """The calls within one call of a layer, on the same values.
 
     The layer runs on symbolic tensors, in training mode unless that is fixed; the nodes
@@ -299,7 +318,7 @@ def _traced(step: Instruction) -> list[Instruction]:
     layers = layer._flatten_layers()
     before = [(x, len(x._inbound_nodes), len(x._outbound_nodes)) for x in layers]
     try:
-        with keras.StatelessScope():
+        with reads:
             made = tree.flatten(layer.call(*args, **kwargs))
         nodes = _nodes(made, known)
     finally:

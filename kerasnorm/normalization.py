@@ -274,6 +274,8 @@ def _flat(x, trailing: int):
     """`(batch, ..., channels...)` as `(batch, positions, channels)`."""
     middle = x.shape[1 : len(x.shape) - trailing]
     channels = math.prod(x.shape[len(x.shape) - trailing :])
-    if None not in middle:
+    if None not in middle and math.prod(middle) != 0:
         return ops.reshape(x, (-1, math.prod(middle), channels))
+    if None not in middle:  # sequences of no length
+        return ops.reshape(x, (ops.shape(x)[0], math.prod(middle), channels))
     return ops.reshape(x, (ops.shape(x)[0], -1, channels))

@@ -124,10 +124,10 @@ def _counted_moments(x, axes, mask, center):
 def elements(x: Tensor, axes: Sequence[int]) -> Tensor | float:
     """Number of elements along `axes`, a float where the shape is static."""
     sizes = [x.shape[a] for a in axes]
-    if None not in sizes:
+    if all(isinstance(s, int) for s in sizes):
         return float(math.prod(sizes))
-    shape = ops.shape(x)
-    return ops.cast(ops.prod(ops.stack([shape[a] for a in axes])), x.dtype)
+    shape = ops.shape(x)  # in an export of JAX, of symbols
+    return ops.cast(ops.convert_to_tensor(math.prod(shape[a] for a in axes)), x.dtype)
 
 
 def count(mask: Tensor | None, axes: Sequence[int]) -> Tensor | float:

@@ -318,3 +318,25 @@ def innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def one_of(optimizer: Any, variable: Any = None) -> Any:
+    """The optimizer that makes the steps of a variable, within those that wrap it and,
+    of a `MultiOptimizer`, among several; without a variable the first of these."""
+    optimizer = innermost(optimizer)
+    if not isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ())):
+        return optimizer
+    if variable is not None and not optimizer.built:
+        return innermost(optimizer._optimizer_map(variable))
+    place = 0
+    if variable is not None:  # one that is not trained is in no place
+        key = optimizer._var_key(variable)
+        place = optimizer._var_to_optimizer_idx.get(key, 0)
+    found = optimizer.optimizers
+    return innermost(found[place]) if found else keras.optimizers.SGD()
+
+
+def learning_rate(optimizer: Any, variable: Any) -> float:
+    """The rate at which a variable is trained now."""
+    rate = one_of(optimizer, variable).learning_rate
+    return float(keras.ops.convert_to_numpy(rate))

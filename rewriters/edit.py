@@ -106,6 +106,7 @@ def edit(
         build_like(model, new_model)
     for old, new in reversed(list(copier.memo.values())):  # owners first
         build_like(old, new)
+    copier.set_aliases()
     result = Edited(new_model, copier.memo, set(replaced))
     transfer.copy_weights(result.layers, skip=set(replaced))
     transfer.copy_compile_state(model, new_model, result.layers, set(replaced))
@@ -125,6 +126,7 @@ class _Copier:
     ):
         self.replaced, self.drops = replaced, drops
         self.memo: dict[int, tuple[Any, Any]] = {}
+        self.aliases: list[tuple[Any, str, Any]] = []
         self.classes = custom_objects_of(site_map)
         # A layer needs its inside rebuilt when an edit, or a layer that is also held
         # elsewhere, lies within.
@@ -202,10 +204,38 @@ class _Copier:
             return
         locked = new._tracker.locked
         new._tracker.unlock()
+        inner = list(layer._flatten_layers(include_self=False))
         for name, value in theirs.items():
+            if isinstance(value, keras.Variable) and any(
+                value is v for x in inner for v in transfer.own_variables(x)
+            ):
+                self.aliases.append((new, name, value))
+                continue  # until the layer that has it is built
             setattr(new, name, self._attribute(value, layer, new))
         if locked:
             new._tracker.lock()
+
+    def set_aliases(self) -> None:
+        """Sets the attributes that are variables of inner layers, which are built."""
+        for holder, name, value in self.aliases:
+            mate = _copy_variable(value)
+            for old, new in self.memo.values():
+                if old.__class__ is not new.__class__ or holder is new:
+                    continue
+                for v, w in transfer.paired_variables(old, new):
+                    mate = w if v is value else mate
+            locked = holder._tracker.locked
+            holder._tracker.unlock()
+            setattr(holder, name, mate)
+            if locked:
+                holder._tracker.lock()
+
+    def _metric(self, metric: Any) -> Any:
+        try:
+            with keras.saving.custom_object_scope(self.classes):
+                return type(metric).from_config(metric.get_config())
+        except Exception:  # one's own, or made of a function: the model does not use it
+            return metric
 
     def _attribute(self, value: Any, old: Any, new: Any) -> Any:
         if isinstance(value, Layer):
@@ -214,18 +244,17 @@ class _Copier:
             build_like(value, held)
             return held
         if isinstance(value, keras.Metric):
-            return type(value).from_config(value.get_config())
+            return self._metric(value)
         if isinstance(value, keras.Variable):
-            return keras.Variable(
-                keras.ops.copy(value.value),
-                trainable=value.trainable,
-                dtype=value.dtype,
-                name=value.name,
-            )
-        if isinstance(value, (list, tuple)) and type(value).__module__ != "builtins":
-            value = list(value)
-        if type(value) in (list, tuple):
-            return type(value)(self._attribute(v, old, new) for v in value)
+            return _copy_variable(value)
+        if isinstance(value, (list, tuple, dict)):  # as TensorFlow wraps them
+            value = getattr(value, "__wrapped__", value)
+        if isinstance(value, list):
+            value = list(value)  # Keras's own kind of list
+        if isinstance(value, (list, set, frozenset, tuple)):
+            parts = [self._attribute(v, old, new) for v in value]
+            fields = hasattr(value, "_fields")  # a named tuple
+            return type(value)(*parts) if fields else type(value)(parts)
         if isinstance(value, dict):
             return {k: self._attribute(v, old, new) for k, v in value.items()}
         if getattr(value, "__self__", None) is old:
@@ -307,6 +336,15 @@ class _Copier:
             new = remember(new, exchanged)
         self._copy_attributes(model, new)
         return new
+
+
+def _copy_variable(variable: Any) -> Any:
+    return keras.Variable(
+        keras.ops.copy(variable.value),
+        trainable=variable.trainable,
+        dtype=variable.dtype,
+        name=variable.name,
+    )
 
 
 def accepted(

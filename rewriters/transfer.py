@@ -34,6 +34,8 @@ def copy_weights(pairs: Pairs, skip: set[int] = frozenset()) -> None:  # type: i
         if old.trainable != new.trainable:
             new.trainable = old.trainable
         for v, w in paired_variables(old, new):
+            if old.trainable and not v.trainable and w.trainable:
+                w.trainable = False  # one variable is frozen by itself
             if v.shape != w.shape:
                 raise RewriteError(
                     f"the copy of {old.name!r} has another weight shape",
@@ -113,11 +115,6 @@ def own_variables(layer: Any) -> list[Any]:
     return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
 
 
-def variable_map(pairs: Pairs, skip: set[int] = frozenset()) -> dict[int, Any]:  # type: ignore
-    """`id(old variable) -> new variable` over all paired layers."""
-    return {id(v): w for v, w in _all_variables(pairs, skip)}
-
-
 def _all_variables(pairs: Pairs, skip: set[int]) -> Iterator[tuple[Any, Any]]:
     for old, new in paired_layers(pairs, skip):
         yield from paired_variables(old, new)
@@ -140,9 +137,14 @@ def copy_compile_state(old: Any, new: Any, pairs: Pairs, skip: set[int]) -> None
         arguments["optimizer"] = _for_model(old.optimizer, optimizer, new, old)
     if not _compile(new, arguments, old):
         return
-    if old.optimizer is not None and old.optimizer.built:
+    if old.optimizer is None:
+        return
+    variables = list(_all_variables(pairs, skip))
+    _copy_exclusions(old.optimizer, new.optimizer, variables)
+    if old.optimizer.built:
         new.optimizer.build(new.trainable_variables)
-        _copy_slots(old.optimizer, new.optimizer, variable_map(pairs, skip))
+        mates = {id(v): w for v, w in variables}
+        _copy_slots(old.optimizer, new.optimizer, mates)
 
 
 def _compile(new: Any, arguments: dict[str, Any], old: Any) -> bool:
@@ -197,20 +199,54 @@ def _compile_arguments(model: Any) -> dict[str, Any] | None:
         try:
             return keras.saving.deserialize_keras_object(value)
         except Exception:
+            if isinstance(raw.get(name), keras.optimizers.Optimizer):
+                raise  # it belongs to one model
             return raw.get(name)
 
-    with keras.saving.custom_object_scope(_classes_of(raw)):
-        return {name: fresh(name, value) for name, value in config.items()}
+    try:
+        with keras.saving.custom_object_scope(_classes_of(raw)):
+            return {name: fresh(name, value) for name, value in config.items()}
+    except Exception as error:
+        warnings.warn(
+            f"The new model is not compiled: the old one's optimizer cannot be made "
+            f"again from its config ({reason(error)}).",
+            stacklevel=5,
+        )
+        return None
 
 
 def _classes_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
-    for value in keras.tree.flatten(dict(raw)):
+    values = keras.tree.flatten(dict(raw))
+    for value in values:  # which grows
+        if isinstance(value, keras.optimizers.Optimizer):
+            inner = getattr(value, "inner_optimizer", None)
+            values += [getattr(value, "_learning_rate", None), inner]
         cls = value if callable(value) and hasattr(value, "__name__") else type(value)
         if not cls.__module__.startswith(("keras.", "builtins")):
             found[cls.__name__] = cls
             found[keras.saving.get_registered_name(cls)] = cls
     return found
+
+
+def _copy_exclusions(old: Any, new: Any, variables: list[tuple[Any, Any]]) -> None:
+    """What `exclude_from_weight_decay` told an optimizer, which no config has."""
+    old, new = _innermost(old), _innermost(new)
+    excluded = getattr(old, "_exclude_from_weight_decay", None)
+    if excluded is None:
+        return
+    new._exclude_from_weight_decay = {
+        new._var_key(w) for v, w in variables if old._var_key(v) in excluded
+    }
+    pattern = getattr(old, "_exclude_from_weight_decay_pattern", None)
+    new._exclude_from_weight_decay_pattern = pattern
+    new._exclude_from_weight_decay_cache = {}
+
+
+def _innermost(optimizer: Any) -> Any:
+    while getattr(optimizer, "inner_optimizer", None) is not None:
+        optimizer = optimizer.inner_optimizer
+    return optimizer
 
 
 def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:

@@ -766,3 +766,84 @@ def test_one_output_may_stand_in_a_dict():
         trained.compile("sgd", given)
         history = trained.fit(x, target, verbose=0).history
         assert np.isfinite(history["loss"]).all()
+
+
+def test_training_refuses_an_input_of_integers():
+    """Its gradient is none; what was left was random noise."""
+    inputs = keras.Input((4,), dtype="uint8")
+    model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    with pytest.raises(KerasNormError, match="integers"):
+        adversarial.adversarial_training(model, eps=8, bounds=(0, 255))
+
+
+def test_a_trainer_is_attacked_as_the_model_in_it():
+    """In front of the softmax, behind which gradients vanish."""
+    model, x, y = zoo.network()
+    head = model.layers[-1]
+    kernel, bias = head.get_weights()
+    sharp = keras.models.clone_model(model)
+    sharp.set_weights(model.get_weights())
+    sharp.layers[-1].set_weights([100 * kernel, 100 * bias])
+    sure = keras.Model(sharp.inputs, keras.layers.Softmax()(sharp.outputs[0]))
+    trainer = adversarial.adversarial_training(sure, eps=0.2)
+    found = [
+        adversarial.evaluate(m, x, y, ["pgd"], "linf", 0.2) for m in (sure, trainer)
+    ]
+    assert found[0].robust == found[1].robust and not codes(found[1])
+    np.testing.assert_array_equal(*(f.standing() for f in found))
+
+
+def test_the_curve_agrees_with_the_distances():
+    model, x, y = zoo.network()
+    eps = [0.02, 0.05, 0.08, 0.12, 0.2]
+    attack = adversarial.fab(steps=3, restarts=6)
+    found = adversarial.evaluate(model, x, y, [attack], "linf", eps)
+    assert found.robust == tuple(found.standing(e).mean() for e in eps)
+
+
+def test_training_with_sizes_that_the_shape_does_not_say():
+    inputs = keras.Input((None, None, 1))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(2)(x))
+    data = np.random.default_rng(0).uniform(size=(8, 6, 5, 1)).astype("float32")
+    for norm in zoo.NORMS:
+        for method in ("free", "pgd"):
+            trainer = adversarial.adversarial_training(
+                model, norm=norm, eps=0.1, method=method, steps=2, replays=2
+            )
+            trainer.compile(
+                "sgd",
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                jit_compile=False,
+            )
+
+            def batches():
+                while True:
+                    yield data[:4], np.array([0, 1, 0, 1])
+
+            source = batches()
+            if keras.backend.backend() == "tensorflow":
+                import tensorflow as tf
+
+                spec = tf.TensorSpec((None, None, None, 1)), tf.TensorSpec((None,))
+                source = tf.data.Dataset.from_generator(batches, output_signature=spec)
+            trainer.fit(source, steps_per_epoch=2, shuffle=False, verbose=0)
+            assert np.isfinite(trainer.get_weights()[0]).all()
+
+
+def test_sources_that_cannot_be_evaluated_say_so(line):
+    model, _, _, x, y = line
+
+    class Endless(keras.utils.PyDataset):
+        num_batches = None
+
+        def __getitem__(self, index):
+            return x[:4], y[:4]
+
+    with pytest.raises(KerasNormError, match="no end"):
+        adversarial.evaluate(model, Endless(), eps=0.1)
+    uneven = [(x[:4], y[:4]), (x[:4, :-1], y[:4])]
+    with pytest.raises(KerasNormError, match="Pad them alike"):
+        adversarial.evaluate(model, iter(uneven), eps=0.1)
+    named = adversarial.evaluate(model, x, {"z": y}, ["fgsm"], eps=0.01)
+    assert named.robust == adversarial.evaluate(model, x, y, ["fgsm"], eps=0.01).robust

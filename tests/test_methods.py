@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import keras
+import numpy as np
 import pytest
 from conftest import MAIN_METHODS, ROOT
 
@@ -82,3 +83,31 @@ def test_a_false_claim_is_found_out():
     lying = dataclasses.replace(method, claims=claimed, cases=method.cases[:1])
     with pytest.raises(AssertionError, match="is violated: worst violation"):
         testing.check_method(lying)
+
+
+@pytest.mark.parametrize(
+    "name", ["batch", "group", "instance", "layer", "rms", "scale"]
+)
+def test_sequences_of_no_length(name):
+    """As Keras's own layers take them; a filter may leave nothing of a batch."""
+    layer = get(name).layer(**({"groups": 2} if name == "group" else {}))
+    for training in (False, True):
+        assert layer(np.zeros((3, 0, 8), "float32"), training=training).shape == (
+            3,
+            0,
+            8,
+        )
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="sizes are symbols there")
+@pytest.mark.parametrize("name", ["group", "instance", "layer", "filter_response"])
+def test_export_with_sizes_that_are_symbols(name, tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    layer = get(name).layer(**({"groups": 2} if name == "group" else {}))
+    model = keras.Sequential([keras.Input((None, 8)), layer])
+    model.export(tmp_path, verbose=False)
+    served = tf.saved_model.load(str(tmp_path))
+    for shape in ((2, 5, 8), (3, 40, 8)):
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        expected = model.predict(x, verbose=0)
+        np.testing.assert_allclose(served.serve(x), expected, rtol=1e-5, atol=1e-6)

@@ -648,3 +648,14 @@ def test_frame_without_pandas_says_so(rng, monkeypatch):
 def test_public_names():
     assert kerasnorm.properties.measure is measure
     assert callable(kerasnorm.compass)
+
+
+def test_labels_for_some_of_the_outputs(rng):
+    """As in `fit`: what has no labels counts for nothing."""
+    model, x = two_heads(), gaussian(rng, 8, 6)
+    y = gaussian(rng, 8, 3)
+    model.compile("sgd", {"a": "mse"})
+    found = measure(model, x, {"a": y})
+    assert found.at("z").gradient == 0 < found.at("a").gradient
+    whole = measure(model, x, {"a": y, "z": y}, loss={"a": "mse", "z": None})
+    assert found.at("a").gradient == pytest.approx(whole.at("a").gradient, rel=1e-6)

@@ -11,6 +11,7 @@ from keras import ops
 import kerasnorm
 import rewriters
 from kerasnorm import backend, recurrent
+from kerasnorm.method import Reason
 from kerasnorm.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, SimpleRNN
 
 
@@ -429,3 +430,52 @@ def test_masked_sequences_of_any_length(kind):
     np.testing.assert_allclose(
         model.predict(whole[:2, :3], verbose=0), alone, rtol=1e-5, atol=1e-6
     )
+
+
+def rnn(cells, name):
+    return keras.layers.RNN(cells, return_sequences=True, name=name)
+
+
+def test_a_plan_for_cells_can_be_carried_out_again():
+    inputs = keras.Input((5, 3))
+    model = keras.Sequential([inputs, rnn([keras.layers.LSTMCell(4)] * 1, "a")])
+    for method in ("ln", "wn"):
+        plan = kerasnorm.plan(model, method, cells=method == "ln")
+        text = plan.to_json()
+        kerasnorm.rewrite(model, plan)
+        kerasnorm.rewrite(model, plan)
+        assert plan.to_json() == text
+
+
+def test_cells_that_stay():
+    layers, inputs = keras.layers, keras.Input((5, 4))
+    cell = layers.LSTMCell(4)
+    shared = keras.Sequential([inputs, rnn(cell, "a"), rnn(cell, "b")])
+    plan = kerasnorm.plan(shared, "ln", cells=True)
+    assert {r.reason for r in plan.refused} == {Reason.SHARED} and not plan.steps
+    for units, method, reason in (
+        (1, "ln", Reason.DEGENERATE),
+        (4, "in", Reason.NO_RULE),
+        (4, "time_specific", Reason.NO_RULE),
+    ):
+        for layer in (layers.GRU(units), layers.RNN(layers.GRUCell(units))):
+            plan = kerasnorm.plan(keras.Sequential([inputs, layer]), method, cells=True)
+            assert [r.reason for r in plan.refused] == [reason]
+            assert not plan.steps
+    own = keras.Sequential([inputs, layers.LSTM(4, activation=lambda x: x)])
+    with pytest.warns(UserWarning, match="lambda"):  # Keras's
+        assert not kerasnorm.plan(own, "ln", cells=True).steps
+    groups = kerasnorm.rewrite(
+        keras.Sequential([inputs, layers.LSTM(12)]), "gn", cells=True
+    )
+    assert groups.layers[0].cell.norm_arguments == {"groups": 2}
+
+
+@pytest.mark.parametrize("what", ["layer", "cell", "stacked"])
+def test_what_is_frozen_stays_frozen(what):
+    layers, inputs = keras.layers, keras.Input((5, 3))
+    layer = layers.LSTM(4) if what != "stacked" else rnn([layers.LSTMCell(4)] * 1, "a")
+    model = keras.Sequential([inputs, layer, layers.Dense(1)])
+    (layer.cell if what == "cell" else layer).trainable = False
+    new = kerasnorm.rewrite(model, "ln", cells=True)
+    assert len(new.trainable_variables) == len(model.trainable_variables) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import keras
 import numpy as np
 import pytest
@@ -429,3 +431,124 @@ def test_attributes_of_a_plain_model_stay(kind):
     assert new.body is new.get_layer("body") and model.body is body
     assert not hasattr(new, "history")
     new.fit(x, x[:, :3], verbose=0)
+
+
+class Threshold(keras.metrics.Metric):
+    """Without a config."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+
+    def update_state(self, *args):
+        pass
+
+    def result(self):
+        return 0.0
+
+
+def test_attributes_that_hold_what_the_layers_hold():
+    Pair = collections.namedtuple("Pair", "name layer")
+    inputs = keras.Input((4,))
+    dense = layers.Dense(3, name="dense")
+    model = keras.Model(inputs, layers.BatchNormalization()(dense(inputs)))
+    model.kernel, model.special = dense.kernel, {dense}
+    model.pair, model.counts = Pair("first", dense), collections.OrderedDict(a=1)
+    model.metric = Threshold(0.3)
+    new = kerasnorm.rewrite(model, "ln")
+    there = new.get_layer("dense")
+    assert new.kernel is there.kernel and set(new.special) == {there}
+    assert new.pair.name == "first" and new.pair.layer is there
+    assert dict(new.counts) == {"a": 1} and new.metric.threshold == 0.3
+    assert len(new.trainable_variables) == len(model.trainable_variables) == 4
+    theirs = {id(v) for v in model.variables}
+    assert not any(id(v) in theirs for v in new.variables)
+
+
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """Known to nobody but the model."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate * 0.5**step
+
+    def get_config(self):
+        return {"rate": self.rate}
+
+
+def small_mlp():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, name="first"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Dense(5, name="second"),
+            layers.BatchNormalization(),
+            layers.Dense(3, name="head"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", ["schedule", "function"])
+def test_an_optimizer_belongs_to_one_model(kind):
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    model = small_mlp()
+    rate = Halving(0.1) if kind == "schedule" else lambda: 0.1
+    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=False)
+    if kind == "schedule":
+        new = kerasnorm.rewrite(model, "ln")
+        assert new.optimizer is not model.optimizer
+        new.fit(x, x[:, :3], verbose=0)
+    else:
+        with pytest.warns(UserWarning, match="not compiled|lambda"):
+            new = kerasnorm.rewrite(model, "ln")
+        assert not new.compiled
+    model.fit(x, x[:, :3], verbose=0)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_excluded_from_weight_decay_stays_so(wrapped):
+    model = small_mlp()
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    first = model.get_layer("first").kernel
+    optimizer.exclude_from_weight_decay([first], ["bias", "gamma", "beta"])
+    if wrapped:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer, "mse", jit_compile=False)
+    new = kerasnorm.rewrite(model, "ln")
+    used = new.optimizer.inner_optimizer if wrapped else new.optimizer
+    decayed = {v.path for v in new.trainable_variables if used._use_weight_decay(v)}
+    assert decayed == {new.get_layer(n).kernel.path for n in ("second", "head")}
+    assert optimizer is model.optimizer
+
+
+def test_a_variable_frozen_by_itself_stays_frozen():
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    model = small_mlp()
+    model.get_layer("second").kernel.trainable = False
+    kept = np.array(model.get_layer("second").kernel)
+    new = kerasnorm.rewrite(model, "ln", data=x, fit="refit")
+    np.testing.assert_array_equal(np.array(new.get_layer("second").kernel), kept)
+    new.compile("sgd", "mse", jit_compile=False)
+    new.fit(x, x[:, :3], verbose=0)
+    np.testing.assert_array_equal(np.array(new.get_layer("second").kernel), kept)
+
+
+@pytest.mark.parametrize("how", ["int8", "lora"])
+def test_a_refit_leaves_kernels_alone_that_are_quantized_or_have_lora(how):
+    x = np.random.default_rng(0).normal(size=(128, 6)).astype("float32")
+    model = small_mlp()
+    zoo.randomize(model)
+    second = model.get_layer("second")
+    second.enable_lora(2) if how == "lora" else second.quantize("int8")
+    new, report = kerasnorm.rewrite(
+        model, "ln", data=x, fit="refit", return_report=True
+    )
+    notes = " ".join(report.fit.notes)
+    assert "quantized or has LoRA: second" in notes
+    np.testing.assert_array_equal(
+        np.array(new.get_layer("second")._kernel), np.array(second._kernel)
+    )

@@ -279,3 +279,44 @@ def test_a_lie_is_found_out(monkeypatch):
     monkeypatch.setattr(layers.BatchNormalization, "call", affine)
     with pytest.raises(KerasNormError, match="that should be scale invariant are not"):
         scale_invariant_weights(model, verify=x)
+
+
+class Tied(layers.Layer):
+    """Reads the kernel of another layer."""
+
+    def __init__(self, other, **kwargs):
+        super().__init__(**kwargs)
+        self.other = other
+
+    def call(self, x):
+        return ops.matmul(x, ops.transpose(self.other.kernel))
+
+
+@pytest.mark.parametrize("how", ["layer", "operation", "subclass"])
+def test_a_kernel_that_is_read_elsewhere_too_is_undecided(how):
+    """Its scale has a second way to the output."""
+    dense = layers.Dense(4, use_bias=False, name="coder")
+    norm = layers.LayerNormalization()
+    inputs = keras.Input((6,))
+    if how == "layer":
+        model = keras.Model(inputs, Tied(dense)(norm(dense(inputs))))
+    elif how == "operation":
+        h = norm(dense(inputs))
+        model = keras.Model(inputs, ops.einsum("bi,ji->bj", h, dense.kernel))
+    else:
+
+        class Coder(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.dense, self.norm = dense, norm
+
+            def call(self, x):
+                h = self.norm(self.dense(x))
+                return ops.matmul(h, ops.transpose(self.dense.kernel))
+
+        model = Coder()
+        model(np.ones((2, 6), "float32"))
+    found = scale_invariant_weights(model)
+    assert not found.invariant
+    (flow,) = (f for f in found if f.kernel.variable is dense.kernel)
+    assert not flow.decided and "outside its layer" in flow.reason

@@ -116,3 +116,30 @@ def test_a_model_without_such_weights():
         model.fit(
             np.zeros((2, 3)), np.zeros((2, 2)), verbose=0, callbacks=[SphereMonitor()]
         )
+
+
+def test_each_weight_has_the_rate_of_its_optimizer(rng):
+    """Under a MultiOptimizer, which has none of its own."""
+    x, y = rng.normal(size=(16, 6)), rng.normal(size=(16, 2))
+    seen = []
+    for rates in ((0.2, 0.2), (0.1, 0.2)):
+        keras.utils.set_random_seed(0)
+        model, monitor = network(), SphereMonitor()
+        chosen = keras.optimizers.OptimizerMap(keras.optimizers.SGD(rates[1]))
+        chosen[".*dense/.*"] = keras.optimizers.SGD(rates[0])
+        multi = keras.optimizers.MultiOptimizer(chosen)
+        model.compile(multi, "mse", jit_compile=False)
+        model.fit(x, y, verbose=0, callbacks=[monitor], batch_size=16)
+        seen.append(monitor.last)
+    scale = seen[1]["effective_rate"] / seen[0]["effective_rate"]
+    np.testing.assert_allclose(scale, 0.5, rtol=1e-5)
+    found = kerasnorm.properties.measure(model, x, y)
+    assert found.learning_rate == pytest.approx(0.1)
+    at = {s.path: s for s in found.sites}
+    for path, rate in (("dense", 0.1), ("head", 0.2)):
+        expected = rate / at[path].weight_norm ** 2
+        assert at[path].effective_learning_rate == pytest.approx(expected, rel=1e-5)
+    best = kerasnorm.compass(
+        model, x, y, methods=["bn", "ln"], confirm=2, learning_rates=0.05
+    )
+    assert len(best.candidates) == 2

@@ -572,3 +572,30 @@ def test_a_rewritten_model_of_mixed_precision_keeps_what_was_around_it(rng):
     assert type(new.optimizer) is O.LossScaleOptimizer
     assert type(new.optimizer.inner_optimizer) is OnSphere
     new.fit(x, np.arange(16) % 3, verbose=0)
+
+
+@pytest.mark.parametrize("spheres", ["unit", "layer", "joint"])
+def test_lengths_hold_where_weights_round_coarsely(spheres, rng):
+    """Rounding to bfloat16 is no setting of the weights from outside."""
+    x, y = data(rng)
+    model = network("bfloat16")
+    inner = O.SGD(0.05, 0.9)
+    optimizer = OnSphere(inner, model, spheres=spheres)
+    model.compile(optimizer, loss(), jit_compile=False)
+    model.fit(x, y, batch_size=8, epochs=40, verbose=0)
+    if spheres == "joint":
+        squares = [
+            sum(
+                float(np.sum(ops.convert_to_numpy(r).astype("float64") ** 2)) for r in v
+            )
+            for v in (
+                optimizer._radii.values(),
+                [
+                    first_radius(optimizer._trainable_variables[i], s)
+                    for i, s in optimizer._held.items()
+                ],
+            )
+        ]
+        assert abs(squares[1] / squares[0] - 1) < 2e-2
+    else:
+        assert off(optimizer) < 1e-2

@@ -28,14 +28,21 @@ def per_row(values: Tensor, x: Tensor) -> Tensor:
     return ops.reshape(values, (-1,) + (1,) * (len(x.shape) - 1))
 
 
+def features(x: Tensor) -> Any:
+    """How many values a row has; a tensor where the shape does not say."""
+    if None not in x.shape[1:]:
+        return math.prod(x.shape[1:])
+    return ops.prod(ops.convert_to_tensor(ops.shape(x)[1:], "int32"))
+
+
 def flat(x: Tensor) -> Tensor:
     """`(rows, features)`."""
-    return ops.reshape(x, (-1, math.prod(x.shape[1:])))
+    return ops.reshape(x, (-1, features(x)))
 
 
 def like(values: Tensor, x: Tensor) -> Tensor:
     """`(rows, features)` in the shape of `x`."""
-    return ops.reshape(values, (-1, *x.shape[1:]))
+    return ops.reshape(values, ops.shape(x))
 
 
 def spread(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +192,8 @@ class L2(Ball, norm="l2"):
     def start(self, x, bounds, seed):
         d = random.normal(ops.shape(x), dtype=x.dtype, seed=seed)
         r = random.uniform((ops.shape(x)[0],), dtype=x.dtype, seed=seed)
-        r = ops.power(r, 1.0 / math.prod(x.shape[1:])) / ops.maximum(_l2(d), TINY)
+        r = ops.power(r, 1.0 / ops.cast(features(x), x.dtype))
+        r = r / ops.maximum(_l2(d), TINY)
         return ops.clip(x + self.radii(x) * per_row(r, x) * d, *bounds)
 
     def steepest(self, x, g, length, bounds):

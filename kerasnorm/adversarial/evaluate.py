@@ -155,7 +155,9 @@ class Evaluator:
                     got="bounds=None",
                     expected="numbers or arrays",
                 )
-            parts = [self(*piece) for piece in pieces(x, 4 * self.batch_size)]
+            parts = [
+                self(*piece) for piece in pieces(x, 4 * self.batch_size, whole=True)
+            ]
             return Evaluation.joined(parts)
         started = time.perf_counter()
         prepared = self.prepare(x, y)
@@ -203,6 +205,8 @@ class Evaluator:
         standing = clean.copy()
         share = 1.0 / (len(self.radii) * len(self.attacks))
         for level, eps in enumerate(self.radii):
+            # What attacks of the levels before found beyond their balls.
+            standing &= ~within(distance, eps)
             for number, attack in enumerate(self.attacks):
                 done = (level * len(self.attacks) + number) * share
                 label = f"{attack.name}, eps {eps:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from keras import ops, tree
 from kerasnorm.adversarial.attack import Attack, read
 from kerasnorm.adversarial.ball import canonical
 from kerasnorm.errors import KerasNormError
-from kerasnorm.swap.data import batches_of
+from kerasnorm.swap.data import batch_count, batches_of, joined
 
 
 def read_settings(
@@ -135,12 +136,13 @@ def _short(b: np.ndarray) -> str:
     return f"{b.min():.6g}" if b.min() == b.max() else f"[{b.min():.6g}..{b.max():.6g}]"
 
 
-def pieces(data: Any, rows: int) -> Iterator[tuple[Any, Any]]:
+def pieces(data: Any, rows: int, whole: bool) -> Iterator[tuple[Any, Any]]:
     """`(inputs, classes)` of at least so many rows, but for the last, of a source that
     comes in batches of them.
 
     Raises:
-        KerasNormError: it does not, or there are none.
+        KerasNormError: it does not; there are none; or no last one, where the `whole`
+            source will be read.
     """
     source = batches_of(data)
     if source is None:
@@ -149,10 +151,17 @@ def pieces(data: Any, rows: int) -> Iterator[tuple[Any, Any]]:
             got=f"{type(data).__name__} and y=None",
             expected="y, or a source of batches (inputs, classes)",
         )
+    if whole and batch_count(data) == math.inf:
+        raise KerasNormError(
+            "the source has no end",
+            got=f"{type(data).__name__} without a last batch",
+            expected="each sample once",
+            fix="Cut it off: data.take(n)",
+        )
     held: list[Any] = []
 
-    def joined() -> Any:
-        return tree.map_structure(lambda *parts: np.concatenate(parts), *held)
+    def joined_parts() -> Any:
+        return tree.map_structure(lambda *parts: joined(parts), *held)
 
     count, empty = 0, True
     for batch in source:
@@ -165,10 +174,10 @@ def pieces(data: Any, rows: int) -> Iterator[tuple[Any, Any]]:
         held.append(tree.map_structure(ops.convert_to_numpy, batch[:2]))
         count, empty = count + len(held[-1][1]), False
         if count >= rows:
-            yield joined()
+            yield joined_parts()
             held, count = [], 0
     if held:
-        yield joined()
+        yield joined_parts()
     if empty:
         raise KerasNormError("there is nothing to attack", got="no batches")
 
@@ -179,7 +188,10 @@ def read_labels(y: Any, n: int, classes: int) -> np.ndarray:
     Raises:
         KerasNormError: another shape, or classes that the model does not have.
     """
-    a = np.asarray(ops.convert_to_numpy(y) if hasattr(y, "dtype") else y)
+    if isinstance(y, dict) and len(y) == 1:  # by the name of the output
+        (y,) = y.values()
+    given: Any = y
+    a = np.asarray(ops.convert_to_numpy(given) if hasattr(y, "dtype") else given)
     if a.ndim == 2 and a.shape[1] == 1:
         a = a[:, 0]
     if a.ndim == 2 and a.shape == (n, classes):
@@ -193,7 +205,7 @@ def read_labels(y: Any, n: int, classes: int) -> np.ndarray:
     if a.shape != (n,) or a.dtype.kind not in "iubf" or (a != np.floor(a)).any():
         raise KerasNormError(
             "the labels do not fit the inputs",
-            got=f"shape {np.shape(y)}, dtype {a.dtype}",
+            got=f"shape {np.shape(given)}, dtype {a.dtype}",
             expected=f"integers ({n},) or one-hot rows ({n}, {classes})",
         )
     if n and (a.min() < 0 or a.max() >= classes):

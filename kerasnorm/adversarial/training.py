@@ -116,6 +116,13 @@ class AdversarialTraining(keras.Model):
     def call(self, x: Any, training: bool | None = None) -> Any:
         return self.model(x, training=training)
 
+    def get_build_config(self) -> dict[str, Any] | None:
+        shape = getattr(self.model, "input_shape", None)
+        return {"input_shape": shape} if shape else self.model.get_build_config()
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Nothing is left to do: the model inside is there, and built."""
+
     def compute_output_shape(self, input_shape: Any) -> Any:
         return self.model.compute_output_shape(input_shape)
 

@@ -152,22 +152,14 @@ class Victim:
         wanted = inputs.get(names[self.place]) if self.place < len(names) else None
         if self.preprocessing is not None or wanted is None:
             return
-        shape, dtype = (
-            tuple(wanted.shape),
-            keras.backend.standardize_dtype(wanted.dtype),
-        )
+        shape = tuple(wanted.shape)
         if not fits(shape, attacked.shape):
             raise KerasNormError(
                 "the data does not fit the attacked input",
                 got=f"shape {attacked.shape}",
                 expected=f"shape {shape}",
             )
-        if "float" not in dtype:
-            raise KerasNormError(
-                "an input of integers has no gradient to follow",
-                got=f"input {wanted.name!r} of dtype {dtype}",
-                expected="a floating input",
-            )
+        _check_floating(wanted)
 
     def _read_outputs(self, x: np.ndarray, others: Sequence[np.ndarray]) -> None:
         rows = [ops.convert_to_tensor(a[:2]) for a in (x, *others)]
@@ -219,6 +211,8 @@ class Victim:
             raise KerasNormError(
                 "adversarial training moves one input", got=f"{len(inputs)} inputs"
             )
+        if inputs is not None:
+            _check_floating(inputs[0])
         outputs = tree.flatten(getattr(self.model, "outputs", None) or [])
         if len(outputs) == 1 and len(outputs[0].shape) == 2:
             self.units = outputs[0].shape[-1]
@@ -296,6 +290,16 @@ class Victim:
         return tree.map_structure(lambda k: leaves[k], self.structure)
 
 
+def _check_floating(wanted: Any) -> None:
+    dtype = keras.backend.standardize_dtype(wanted.dtype)
+    if "float" not in dtype:
+        raise KerasNormError(
+            "an input of integers has no gradient to follow",
+            got=f"input {wanted.name!r} of dtype {dtype}",
+            expected="a floating input",
+        )
+
+
 # --------------------------------------------------------- the last activation
 
 
@@ -303,7 +307,7 @@ def _ending(model: Any) -> Any:
     """The operation that makes probabilities of logits at the end of a model, None
     where there is none, or where it is also used elsewhere."""
     layer: Any = model
-    calls = 0
+    calls, recorded = 0, True
     while isinstance(layer, (keras.Model, *SAME)):
         if isinstance(layer, SAME):
             calls += len(layer._inbound_nodes)
@@ -313,19 +317,11 @@ def _ending(model: Any) -> Any:
             layer = outputs[0]._keras_history.operation if len(outputs) == 1 else None
         elif isinstance(layer, keras.Sequential) and layer.layers:
             layer = layer.layers[-1]
-        else:
-            return _ending_of_subclass(model)
+        else:  # without a recorded graph, the layer made last is called last
+            inner = list(layer._flatten_layers(include_self=False, recursive=False))
+            layer, recorded = inner[-1] if inner else None, False
     calls += len(getattr(layer, "_inbound_nodes", ()))
-    return layer if _kind(layer) and calls <= 1 else None
-
-
-def _ending_of_subclass(model: Any) -> Any:
-    """Of layers without a recorded graph, the last one made is called last."""
-    layers = list(model._flatten_layers(include_self=False, recursive=False))
-    last: Any = layers[-1] if layers else None
-    while isinstance(last, SAME):
-        last = last.layer
-    return last if _kind(last) else None
+    return layer if _kind(layer) and (calls <= 1 or not recorded) else None
 
 
 def _kind(operation: Any) -> str | None:

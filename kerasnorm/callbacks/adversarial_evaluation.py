@@ -285,7 +285,7 @@ def _few(x: Any, y: Any, samples: int | None) -> tuple[Any, np.ndarray]:
         KerasNormError: different numbers of them; a source of batches without classes.
     """
     if y is None:
-        x, y = next(pieces(x, samples or sys.maxsize))
+        x, y = next(pieces(x, samples or sys.maxsize, whole=samples is None))
         rows: Any = slice(samples)
     else:
         x, y = _arrays(x), np.atleast_1d(np.asarray(y))

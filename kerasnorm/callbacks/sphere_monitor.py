@@ -11,6 +11,7 @@ from keras import ops
 
 from kerasnorm import backend, replicas
 from kerasnorm.errors import KerasNormError
+from kerasnorm.programs import learning_rate
 from kerasnorm.sphere import geometry
 from kerasnorm.sphere.invariance import scale_invariant_weights
 from kerasnorm.sphere.spheres import Spheres
@@ -118,8 +119,8 @@ class SphereMonitor(keras.callbacks.Callback):
         if seen is None:
             return
         seen = seen.astype("float64")
-        optimizer = self.model.optimizer
-        rate = float(ops.convert_to_numpy(optimizer.learning_rate))
+        kernels = [f.kernel.variable for f in self._flows]
+        rate = np.array([learning_rate(self.model.optimizer, k) for k in kernels])
         self.last = {
             "norm": seen[:, 0],
             "effective_rate": rate * seen[:, 1],

@@ -94,6 +94,12 @@ def adopt(source, site, options):
         because = "it has no gamma, which keras.layers.RMSNormalization always has"
     elif own := set(options.arguments) - {"axis", "epsilon", "center"}:
         because = f"keras.layers.RMSNormalization does not take {', '.join(own)}"
+    elif kept := [
+        w for w in ("regularizer", "constraint") if source.config.get(f"gamma_{w}")
+    ]:
+        because = (
+            f"gamma has a {kept[0]}, which keras.layers.RMSNormalization does not take"
+        )
     stock = keras.layers.RMSNormalization
     cls = adoption.pick(
         stock, RMSNormalization, site, options, because, mask_matters=len(axes) > 1

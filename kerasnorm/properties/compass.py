@@ -13,7 +13,7 @@ import numpy as np
 
 from kerasnorm import method as registry
 from kerasnorm.errors import KerasNormError, count
-from kerasnorm.programs import innermost
+from kerasnorm.programs import one_of
 from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
 from kerasnorm.properties.confirm import Training, train
@@ -284,7 +284,7 @@ def compass(
     sizes = np.ravel(batch_sizes).tolist()
     rates: list[Any] = np.ravel(learning_rates).tolist()  # type: ignore[arg-type]
     if momentum is None:
-        optimizer = innermost(getattr(model, "optimizer", None))
+        optimizer = one_of(getattr(model, "optimizer", None))
         momentum = float(getattr(optimizer, "momentum", 0.9))
     _check(sizes, rates, momentum, weights, confirm, y, report)
     if confirm:  # training takes all of the data

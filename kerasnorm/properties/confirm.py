@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasnorm.programs import innermost
+from kerasnorm.programs import one_of
 from kerasnorm.properties.loss import in_order
 from kerasnorm.swap import data as reading
 from rewriters.edit import edit
@@ -94,7 +94,7 @@ def train(
 def _fresh(optimizer: Any, learning_rate: float) -> Any:
     """An optimizer like another one for another model. The scaling of the loss stays
     around it; what else wraps it holds weights of the model that it was made for."""
-    inner = innermost(optimizer)
+    inner = one_of(optimizer)
     config = {**inner.get_config(), "learning_rate": learning_rate}
     new = type(inner).from_config(config)
     if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):

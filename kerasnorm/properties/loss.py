@@ -46,7 +46,7 @@ def objective(
 
     Args:
         model: the model.
-        labels: an array for each output.
+        labels: an array for each output, an empty one where there are none.
         loss, loss_weights: as for `summed_loss`.
 
     Raises:
@@ -58,6 +58,8 @@ def objective(
             compiled = getattr(model, "_compile_loss", None)  # has no public name
             loss_weights = getattr(compiled, "_user_loss_weights", None)
     given = suitable(model, labels) if loss is None else in_order(model, loss)
+    if len(given) == len(labels):  # what has no labels has no loss
+        given = [f if y.size else None for f, y in zip(given, labels, strict=True)]
     try:
         losses = [keras.losses.get(part) for part in given]
     except (ValueError, TypeError) as error:

@@ -12,6 +12,7 @@ from keras import tree
 
 from kerasnorm.errors import KerasNormError, count
 from kerasnorm.method import Source, read
+from kerasnorm.programs import learning_rate
 from kerasnorm.properties import definitions as d
 from kerasnorm.properties.loss import in_order, summed_loss
 from kerasnorm.properties.measurement import Measurement, Site
@@ -129,11 +130,19 @@ class Measurer:
     def traces(self) -> int:
         return self._run.traces
 
+    def _rate_of(self, kernel: Any) -> float:
+        optimizer = getattr(self.model, "optimizer", None)
+        if self.rate is not None or optimizer is None:
+            return 0.01 if self.rate is None else float(self.rate)
+        return learning_rate(optimizer, kernel)
+
     def __call__(self) -> Measurement:
         """The properties of the model as it is now."""
         started = time.perf_counter()
         model, inputs, batch = self.model, self.inputs, self.batch
-        rate = _learning_rate(model) if self.rate is None else float(self.rate)
+        kernels = [k for probe in self.watched for k in probe.kernels]
+        rates = {id(k): self._rate_of(k) for k in kernels}
+        rate = next(iter(rates.values()), 0.01)
         run, watched, notes = self._run, self.watched, list(self.notes)
         flat = [*inputs.arrays, *self.labels]
         batches = [
@@ -145,6 +154,8 @@ class Measurer:
         others = _dependence(run, [a[:batch] for a in inputs.arrays], passes[0][0])
         if others is None:
             notes.append("one sample a batch: dependence on the others is not known")
+        if len(set(rates.values())) > 1:
+            notes.append("learning rates differ; that of the first kernel is told")
         found = [
             _gather(k, [p[0] for p in passes]) for k in (*range(len(watched)), OUTPUT)
         ]
@@ -155,7 +166,7 @@ class Measurer:
         sites = []
         for k, probe in enumerate(watched):
             if found[k]:
-                known = {**found[k], **_of_weights(probe, gradients, rate)}
+                known = {**found[k], **_of_weights(probe, gradients, rates)}
                 known["dependence"] = (others or {}).get(k)
                 if probe.source is not None and "mean" in known:
                     known["statistics_distance"] = _distance(probe, known)
@@ -199,8 +210,12 @@ def checked(
     inputs = reading.collect(model, x, samples if y is None or streamed else None)
     if y is None:
         return inputs, []
-    labels = [keras.ops.convert_to_numpy(v) for v in in_order(model, y)]
     n = len(inputs)
+    missing = np.zeros((n, 0), "float32")  # of an output that no loss reads
+    labels = [
+        missing if v is None else keras.ops.convert_to_numpy(v)
+        for v in in_order(model, y)
+    ]
     if streamed and (inputs.cut or n == samples):  # there may be more of it
         labels = [v[:n] if v.ndim else v for v in labels]
     if any(not v.ndim or len(v) != n for v in labels):
@@ -239,13 +254,6 @@ def _bytes(model: Any, inputs: reading.Inputs) -> int:
     with keras.StatelessScope(), watching(leaves, note, result=True):
         model(inputs.pack([a[:1] for a in inputs.arrays]), training=False)
     return sum(sizes)
-
-
-def _learning_rate(model: Any) -> float:
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
-        return 0.01
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def _dependence(
@@ -306,7 +314,7 @@ def _gather(k: int, passes: Sequence[dict[int, Reading]]) -> dict[str, Any]:
 
 
 def _of_weights(
-    probe: Probe, gradients: dict[int, float], rate: float
+    probe: Probe, gradients: dict[int, float], rates: dict[int, float]
 ) -> dict[str, float]:
     """Norm, effective learning rate and relative step of a layer's kernels."""
     kernels = probe.kernels
@@ -316,7 +324,7 @@ def _of_weights(
         float(np.sum(keras.ops.convert_to_numpy(k).astype("float64") ** 2))
         for k in kernels
     )
-    norm = float(np.sqrt(square))
+    norm, rate = float(np.sqrt(square)), rates[id(kernels[0])]
     gradient = float(np.sqrt(sum(gradients[id(k)] ** 2 for k in kernels)))
     return {
         "weight_norm": norm,

@@ -48,7 +48,7 @@ def update(
         square = square - ops.sum(geometry.inner(still, still))
     # The radii are those of the start, and single ones move.
     actual = ops.sqrt(sum(ops.sum(geometry.inner(a, a)) for a in w))
-    length = unless_moved(ops.sqrt(square), actual)
+    length = unless_moved(ops.sqrt(square), actual, variables[held[0]].dtype)
     square = ops.square(length)
 
     def along(us: list[Tensor]) -> list[Tensor]:

@@ -276,7 +276,7 @@ class OnSphere(keras.optimizers.Optimizer):
         if spheres is None or self.spheres == "joint":
             return plain(gradient, variable, rate)
         w = spheres.split(tensor(variable))
-        radius = self._radius(i, w)
+        radius = self._radius(i, w, variable.dtype)
         length = geometry.norm(w) if spheres.spectral else radius
         bottom = inverse(ops.square(length))
 
@@ -295,12 +295,12 @@ class OnSphere(keras.optimizers.Optimizer):
             u = u * scale
         self._assign(variable, spheres.join(self._moved(w, u, length, radius, spheres)))
 
-    def _radius(self, i: int, w: Tensor) -> Tensor:
+    def _radius(self, i: int, w: Tensor, dtype: Any) -> Tensor:
         actual = self._held[i].radius(w)
         if not self.returns:
             return actual
         radius = ops.cast(ops.convert_to_tensor(self._radii[i]), w.dtype)
-        return unless_moved(radius, actual)
+        return unless_moved(radius, actual, dtype)
 
     def _moved(
         self, w: Tensor, u: Tensor, length: Tensor, radius: Tensor, spheres: Spheres
@@ -344,8 +344,10 @@ class OnSphere(keras.optimizers.Optimizer):
         for i, spheres in self._held.items():
             average = inner._model_variables_moving_average[i]
             w = spheres.split(tensor(average))
-            held = spheres.split(tensor(inner._trainable_variables[i]))
-            back = w * (self._radius(i, held) * inverse(spheres.radius(w)))
+            variable = inner._trainable_variables[i]
+            held = spheres.split(tensor(variable))
+            radius = self._radius(i, held, variable.dtype)
+            back = w * (radius * inverse(spheres.radius(w)))
             average.assign(spheres.join(back))
 
     def _assign(self, variable: Any, value: Tensor) -> None:

@@ -20,8 +20,9 @@ from kerasnorm.ties import runs
 
 Tensor = Any
 
-# A weight whose length differs by more from its radius was set from outside.
-MOVED = 1e-3
+# A weight whose length differs by more from its radius was set from outside. Half types
+# round a length by more: two units in the last place.
+MOVED = {"float16": 2**-9, "bfloat16": 2**-6}
 
 # What Keras's optimizers call the slots that hold directions, not sizes.
 DIRECTIONS = ("momentum",)
@@ -198,8 +199,9 @@ def inverse(x: Tensor) -> Tensor:
     return ops.where(zero, 0.0, 1.0 / ops.where(zero, 1.0, x))
 
 
-def unless_moved(radius: Tensor, actual: Tensor) -> Tensor:
-    """The radius that is kept, against rounding; where the weight was set since to
-    another length, that."""
-    same = ops.abs(actual - radius) <= MOVED * radius
+def unless_moved(radius: Tensor, actual: Tensor, dtype: Any) -> Tensor:
+    """The radius that is kept, against rounding; where the weight, of this type, was
+    set since to another length, that."""
+    moved = MOVED.get(keras.backend.standardize_dtype(dtype), 1e-3)
+    same = ops.abs(actual - radius) <= moved * radius
     return ops.where(same, radius, actual)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import time
@@ -188,7 +189,10 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
 def _made(edit: Edit) -> Any:
     """The layer of an edit, None where there is none."""
     try:
-        return edit.layer and keras.saving.deserialize_keras_object(dict(edit.layer))
+        # A copy: layers take their configs apart.
+        return edit.layer and keras.saving.deserialize_keras_object(
+            copy.deepcopy(edit.layer)
+        )
     except (TypeError, ValueError) as error:
         raise KerasNormError(
             f"the layer at {edit.path!r} cannot be made",

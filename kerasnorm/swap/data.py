@@ -89,7 +89,7 @@ def collect(
     for part in parts:
         _check_shapes(model, part)
     columns = [list(p) for p in zip(*parts, strict=True)]
-    arrays = [_joined(p) for p in columns]
+    arrays = [joined(p) for p in columns]
     if batches is not None:
         arrays = [a[:samples] for a in arrays]
     for name, a in zip(_names(model, len(arrays)), arrays, strict=True):
@@ -97,7 +97,7 @@ def collect(
     if batches is None:
         arrays = _spread(arrays, samples)
     stream = None
-    once = isinstance(data, Iterator) or _batch_count(data) == math.inf
+    once = isinstance(data, Iterator) or batch_count(data) == math.inf
     if cut and samples is None and not once:
         stream = Stream(model, data, len(parts[0][0]))
     return Inputs(arrays, structure, cut, stream)
@@ -128,7 +128,7 @@ class Stream:
     def __len__(self) -> int:
         """Number of samples: full batches as many as the source says it has; where it
         does not say, all are read once and counted."""
-        batches = _batch_count(self.data)
+        batches = batch_count(self.data)
         if batches is not None:
             return int(batches) * self.first
         return sum(len(flat[0]) for flat in self)
@@ -202,7 +202,7 @@ def batches_of(data: Any) -> Iterator[Any] | None:
     )
 
 
-def _batch_count(data: Any) -> float | None:
+def batch_count(data: Any) -> float | None:
     """How many batches a source says it has; None where it does not say."""
     if isinstance(data, keras.utils.PyDataset):
         return math.inf if data.num_batches is None else data.num_batches
@@ -216,7 +216,12 @@ def _batch_count(data: Any) -> float | None:
     return None
 
 
-def _joined(parts: Arrays) -> np.ndarray:
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Parts of one array behind each other.
+
+    Raises:
+        KerasNormError: they differ in more than their length.
+    """
     if len({a.shape[1:] for a in parts}) > 1:
         shapes = sorted({a.shape for a in parts})
         raise KerasNormError(

@@ -10,6 +10,7 @@ import numpy as np
 
 from kerasnorm.swap import solve
 from kerasnorm.swap.rows import Array, assign, numpy_of
+from rewriters.transfer import own_variables
 
 
 # Beyond this many inputs of one output the normal equations cost more than they buy.
@@ -242,16 +243,24 @@ def _kinds() -> dict[type, type[Linear]]:
 KINDS = _kinds()
 
 
+def _kernels(layer: Any) -> list[Any]:
+    return [v for v in own_variables(layer) if v.name.endswith("kernel")]
+
+
 def problem(layer: Any) -> Linear | str | None:
     """The layer's least-squares problem, why it is not solved, or None where it has no
     kernel."""
     kind = KINDS.get(type(layer))
     if kind is None or getattr(layer, "output_padding", None):
+        if isinstance(layer, keras.Model):
+            return None
         own = getattr(layer, "trainable_variables", ())
         if any(v.name.endswith("kernel") and len(v.shape) > 1 for v in own):
             return f"no problem of least squares: {type(layer).__name__}"
         return None
-    if not layer.trainable:
+    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", 0):
+        return "its kernel is quantized or has LoRA"
+    if not layer.trainable or any(not v.trainable for v in _kernels(layer)):
         return "frozen"
     found = kind(layer)
     wide = found.columns > MAX_COLUMNS

@@ -16,6 +16,7 @@ import keras
 from kerasnorm import recurrent
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import (
+    Adoption,
     Edit,
     Fidelity,
     Method,
@@ -225,16 +226,31 @@ def _built(
 ) -> _Builder:
     """The answers of the methods at all sites."""
     builder = _Builder()
+    whole: list[str] = []  # within what is replaced with all that it holds
     if target is not None:
         for site in site_map:
             source = read(site.layer)
             if source is not None and selects(where, site):
                 name = getattr(source, "method", type(site.layer).__name__)
-                builder.add(site, name, target, _adopt(target, source, site, options))
+                within = next((w for w in whole if site.path.startswith(w)), None)
+                answer = _adopt(target, source, site, options)
+                if within is not None:
+                    answer = Refusal(
+                        Reason.SHARED,
+                        f"{within[:-1]!r} is replaced as a whole",
+                        "rewrite the result once more",
+                    )
+                builder.add(site, name, target, answer)
             elif cells is not False and selects(where, site):
                 answer = recurrent.adopt_cell(
-                    site, target, options.arguments, _cell_options(cells)
+                    site,
+                    target,
+                    options.arguments,
+                    _cell_options(cells),
+                    options.force,
                 )
+                if isinstance(answer, Adoption):
+                    whole += [f"{path}/" for path in site.paths]
                 if answer is not None:
                     builder.add(site, type(site.layer).__name__, target, answer)
         planned = {e.path: e.layer for s in builder.steps for e in s.edits}

@@ -984,3 +984,23 @@ def test_inputs_in_structures_within_structures(rng):
     assert report.fit.samples == 40 and report.rho_squared["bn"] > 0.5
     with pytest.raises(KerasNormError, match="another structure"):
         kerasnorm.rewrite(model, "ln", data=[data, data], verbose=False)
+
+
+@pytest.mark.parametrize("fit", ["affine", "refit", "distill"])
+@pytest.mark.parametrize("kind", ["reshaped", "stateful"])
+def test_models_that_take_batches_of_one_size(fit, kind, rng):
+    size = 8
+    inputs = keras.Input(batch_shape=(size, 6, 6))
+    x = keras.layers.Dense(8, name="first")(inputs)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    if kind == "reshaped":
+        x = keras.ops.reshape(x, (size, 48))
+    else:
+        x = keras.layers.LSTM(5, stateful=True)(x)
+    model = keras.Model(inputs, keras.layers.Dense(3)(x))
+    data = rng.normal(size=(45, 6, 6)).astype("float32")
+    options = {"epochs": 1} if fit == "distill" else {}
+    new = kerasnorm.rewrite(model, "ln", data=data, fit=fit, fit_options=options)
+    assert new.predict(data[:40], batch_size=size, verbose=0).shape == (40, 3)
+    with pytest.raises(kerasnorm.KerasNormError, match="fewer samples"):
+        kerasnorm.rewrite(model, "ln", data=data[:5], fit=fit)

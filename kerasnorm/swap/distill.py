@@ -235,7 +235,7 @@ def checked_views(
     views = tuple(views) if several else () if views is None else (views,)
     if not views:
         return ()
-    two = inputs.spread(2)
+    two = inputs.spread(reading.fixed_batch(model) or 2)
     x = tree.map_structure(ops.convert_to_tensor, two.pack(two.arrays))
     for view in views:
         given = view(x) if callable(view) else None
@@ -268,7 +268,7 @@ def _outputs(model: Any, inputs: reading.Inputs) -> list[np.ndarray]:
         [(v, v) for v in model.variables],
         [model],
     )
-    batches = _Batches(inputs, 64, 0)
+    batches = _Batches(inputs, reading.fixed_batch(model) or 64, 0)
     parts = [run(batches[k][0]) for k in range(len(batches))]
     flat = zip(*parts, strict=True)
     return [np.concatenate([ops.convert_to_numpy(v) for v in part]) for part in flat]
@@ -279,8 +279,9 @@ def _traces(pupil: Pupil, inputs: Any) -> bool:
 
     Not within the loop of a recurrent layer or of `TimeDistributed`.
     """
+    size = reading.fixed_batch(pupil.teacher)
     specs = tree.map_structure(
-        lambda a: keras.KerasTensor((None, *a.shape[1:]), a.dtype), tuple(inputs)
+        lambda a: keras.KerasTensor((size, *a.shape[1:]), a.dtype), tuple(inputs)
     )
     try:
         keras.Operation.compute_output_spec(pupil, specs)

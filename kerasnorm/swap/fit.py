@@ -87,7 +87,8 @@ def fit(
             one, by the share of variance kept.
         samples: samples for the closed-form part, spread evenly over the data; by
             default at most 1024 for `"affine"`, 2048 otherwise.
-        batch_size: samples of one training step of `"distill"`.
+        batch_size: samples of one training step of `"distill"`; where the model takes
+            batches of one size alone, that size.
         memory: bytes that live activations and the data may take. What does not fit
             of arrays is not used by the closed-form part; of a source that comes in
             batches a quarter is held, and `"distill"` reads it anew in each epoch. From
@@ -125,6 +126,7 @@ def fit(
         }
     )
     inputs = prepare(teacher, data, method, samples=samples, memory=memory)
+    batch_size = reading.fixed_batch(teacher) or batch_size
     views = checked_views(teacher, inputs, views)
     history, notes = {}, []
     with Progress(verbose) as progress:
@@ -247,4 +249,12 @@ def prepare(
         return data
     wanted = SAMPLES[method] if samples is None else count("samples", samples)
     limit = None if method == "distill" else wanted
-    return reading.collect(model, data, limit, memory / 4)
+    inputs = reading.collect(model, data, limit, memory / 4)
+    fixed = reading.fixed_batch(model)
+    if fixed is not None and min(len(inputs), wanted) < fixed:
+        raise KerasNormError(
+            "there are fewer samples than the model takes at once",
+            got=f"{min(len(inputs), wanted)} samples for batches of {fixed}",
+            expected=f"at least {fixed}",
+        )
+    return inputs

@@ -116,6 +116,10 @@ class Walk:
                 order = np.random.default_rng(seed).permutation(len(inputs))
                 arrays = [a[order] for a in arrays]
             part = min(max(1, part), PART)
+            fixed = reading.fixed_batch(teacher)
+            if fixed is not None:
+                part = fixed
+                arrays = [a[: len(a) // fixed * fixed] for a in arrays]
         self.samples = len(arrays[0])
         self.sampler = Sampler(max(rows, 8 * self.samples), self.samples, seed)
         parts = reading.split(arrays, part)

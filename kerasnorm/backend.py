@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ Tensor = Any
 # Sums over fewer elements than this are no work for a matrix product; over more than
 # the other it is neither faster nor as exact as a reduction.
 SHORT, LONG = 32, 2**17
+# Modules that trace a model for other programs.
+EXPORTERS = ("keras.src.export", "tensorflow.lite")
 
 
 def custom_gradient(f: Callable) -> Callable:
@@ -407,7 +410,9 @@ def mean_square(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
     """`sum(x**2) / n` over `axes`, kept with size 1, without a tensor of squares."""
 
     def kernel(x):
-        if keras.backend.backend() == "tensorflow" and not _under_xla():
+        if keras.backend.backend() == "tensorflow" and not (
+            _under_xla() or _exported()
+        ):
             import tensorflow as tf
 
             # Its own gradient is NaN where everything is 0.
@@ -417,6 +422,19 @@ def mean_square(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
         return result / n, lambda upstream: (x * (upstream * 2 / n),)
 
     return custom_gradient(kernel)(x)
+
+
+def _exported() -> bool:
+    """Whether TensorFlow traces what other programs will run, which lack operations:
+    TensorFlow Lite, ONNX. Nothing but who asks for it tells."""
+    import tensorflow as tf
+
+    frame = None if tf.executing_eagerly() else sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(EXPORTERS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _plain_cpu() -> bool:

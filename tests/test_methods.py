@@ -111,3 +111,22 @@ def test_export_with_sizes_that_are_symbols(name, tmp_path):
         x = np.random.default_rng(0).normal(size=shape).astype("float32")
         expected = model.predict(x, verbose=0)
         np.testing.assert_allclose(served.serve(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's")
+@pytest.mark.parametrize("name", ["batch_layer", "instance", "layer", "rms", "scale"])
+def test_an_exported_graph_has_operations_that_other_programs_know(name, tmp_path):
+    """TensorFlow Lite lacks the one that is fastest on a CPU."""
+    import tensorflow as tf
+
+    layer = get(name).layer()
+    model = keras.Sequential([keras.Input((6, 4, 8)), layer])
+    model.export(tmp_path, verbose=False)
+    served = tf.saved_model.load(str(tmp_path))
+    graph = served.signatures["serving_default"].graph.as_graph_def()
+    kinds = {n.op for f in graph.library.function for n in f.node_def}
+    assert "Rsqrt" in kinds or "Sqrt" in kinds
+    assert "EuclideanNorm" not in kinds
+    x = np.random.default_rng(0).normal(size=(2, 6, 4, 8)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    np.testing.assert_allclose(served.serve(x), expected, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ from typing import Any
 
 from keras import ops
 
-from kerasnorm import backend, replicas
+from kerasnorm import backend, reductions, replicas
 
 
 Tensor = Any
@@ -63,7 +63,7 @@ def moments(
 
     n = elements(x, axes)
     if not center:
-        square = backend.mean_square(x, axes, n)
+        square = reductions.mean_square(x, axes, n)
         return ops.zeros_like(square), square
 
     def kernel(x):
@@ -91,8 +91,8 @@ def mean_variance(
     """
     if not axes or len(x.shape) - 1 in axes or not backend.reads_once():
         # Rows stay in registers between two passes, and are best left to XLA.
-        mean = backend.mean(x, axes, n)
-        return mean, backend.mean(backend.squared_difference(x, mean), axes, n)
+        mean = reductions.mean(x, axes, n)
+        return mean, reductions.mean(reductions.squared_difference(x, mean), axes, n)
     longest = max(axes, key=lambda a: x.shape[a] or math.inf)
     some = x[(slice(None),) * longest + (slice(None, None, STRIDE),)]
     center = ops.mean(some, axes, keepdims=True)
@@ -230,7 +230,7 @@ def scale_shift(
     if mean is not None:
         offset = -mean * slope if beta is None else beta - mean * slope
     if offset is not None and slope.shape == offset.shape == x.shape[-1:]:
-        return backend.multiply_add(x, slope, offset)
+        return reductions.multiply_add(x, slope, offset)
     small = slope.shape[1:2] != x.shape[1:2] and slope.shape[-1] != 1
     if small and offset is not None:
         slope, offset = backend.apart(slope, offset)

@@ -11,20 +11,15 @@ module, as do their layers `LSTM`, `GRU` and `SimpleRNN`.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 from keras.src import backend as keras_backend  # `rnn` has no public name
 
 from kerasnorm.errors import KerasNormError, accepting
-from kerasnorm.method import Adoption, Edit, Fidelity, Method, Reason, Refusal, get
-from rewriters.errors import reason
-from rewriters.graph import Site
-from rewriters.transfer import assign, copy_weights, own_variables
+from kerasnorm.method import Method, get
 
 
 Tensor = Any
@@ -47,12 +42,12 @@ class _Stream:
         return ops.cast(y[:, 0], norm.compute_dtype)
 
 
-def _follows(norm: Any) -> bool:
+def follows(norm: Any) -> bool:
     """Whether a norm is a stream along the sequence rather than a plain layer."""
     return hasattr(norm, "begin")
 
 
-class _Normalized(keras.layers.Layer):
+class Normalized(keras.layers.Layer):
     """What the cells share; mixed in before Keras's own cell."""
 
     units: int
@@ -73,7 +68,7 @@ class _Normalized(keras.layers.Layer):
         self.norm = method.name
         self.norm_arguments = dict(norm_arguments or {})
         layer = method.layer
-        if layer is None or not (method.family == "sample" or _follows(layer)):
+        if layer is None or not (method.family == "sample" or follows(layer)):
             raise KerasNormError(
                 f"no recurrent cell can hold {method.title.lower()}",
                 got=f"norm={norm!r}",
@@ -95,7 +90,7 @@ class _Normalized(keras.layers.Layer):
 
     def normalized(self, name: str, x: Tensor, training: Any, stream: Any) -> Tensor:
         norm = getattr(self, name)
-        if not _follows(norm):
+        if not follows(norm):
             return norm(x)
         if stream is None:
             raise KerasNormError(
@@ -135,7 +130,7 @@ class _Normalized(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class LSTMCell(_Normalized, keras.layers.LSTMCell):
+class LSTMCell(Normalized, keras.layers.LSTMCell):
     """LSTM cell with normalized projections and state.
 
         i, f, g, o = norm(x W) + norm(h U) + b
@@ -206,7 +201,7 @@ class LSTMCell(_Normalized, keras.layers.LSTMCell):
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class GRUCell(_Normalized, keras.layers.GRUCell):
+class GRUCell(Normalized, keras.layers.GRUCell):
     """GRU cell with normalized projections; gates and candidate apart.
 
         z, r = sigmoid(norm(x W) + norm(h U) + b)
@@ -266,7 +261,7 @@ class GRUCell(_Normalized, keras.layers.GRUCell):
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
-class SimpleRNNCell(_Normalized, keras.layers.SimpleRNNCell):
+class SimpleRNNCell(Normalized, keras.layers.SimpleRNNCell):
     """Simple recurrent cell with the sum of both projections normalized.
 
         h = tanh(norm(x W + h U) + b)
@@ -317,9 +312,9 @@ class RNN(keras.layers.RNN):
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         norms = []
-        if isinstance(self.cell, _Normalized):
+        if isinstance(self.cell, Normalized):
             held = [getattr(self.cell, name) for name in self.cell.widths()]
-            norms = [norm for norm in held if _follows(norm)]
+            norms = [norm for norm in held if follows(norm)]
         if not norms:
             return super().inner_loop(sequences, initial_state, mask, training)
         states = keras.tree.flatten(initial_state)
@@ -468,184 +463,3 @@ class GRU(_CellLayer):
 @_document(SimpleRNNCell)
 class SimpleRNN(_CellLayer):
     """Simple recurrence, normalized; see `SimpleRNNCell`."""
-
-
-# ------------------------------------------------------------------ rewriting
-
-
-# Keras's class -> the normalized one.
-TWINS = {getattr(keras.layers, k.__name__): k for k in (LSTM, GRU, SimpleRNN)}
-CELLS = {
-    getattr(keras.layers, k.cell_class.__name__): k.cell_class for k in TWINS.values()
-}
-
-
-def adopt_cell(
-    site: Site,
-    norm: Method,
-    arguments: Mapping[str, Any],
-    options: Mapping[str, Any],
-    force: bool = False,
-) -> Adoption | Refusal | None:
-    """How a layer of Keras's recurrences becomes its normalized twin.
-
-    Kernels, recurrent kernels and biases are carried over; the norms are fresh, so that
-    the layer computes something else than before.
-
-    Args:
-        site: of the layer.
-        norm: the method inside the cell.
-        arguments: of the norms, such as `epsilon`.
-        options: of the cells that have them, such as `cell_state`.
-        force: also where nothing would be left of what a norm sees.
-
-    Returns:
-        None where the site holds no recurrent cell, or none without norms.
-    """
-    cells = cells_of(site.layer) if isinstance(site.layer, keras.layers.RNN) else []
-    if not cells or all(isinstance(cell, _Normalized) for cell in cells):
-        return None
-    if any(_elsewhere(site, cell) for cell in cells):
-        return Refusal(
-            Reason.SHARED, f"a cell of {site.path} is also held outside of it", None
-        )
-    kind = TWINS.get(type(site.layer))
-    made = {"norm": norm, "norm_arguments": arguments}
-    try:
-        if kind is not None:
-            config = site.layer.get_config()
-            for word in ("implementation", "use_cudnn", "time_major"):
-                config.pop(word, None)
-            layer = kind(**_arguments(config, kind.cell_class, options, made))
-        else:
-            layer = _with_twins(site.layer, options, made)
-        twins = [c for c in cells_of(layer) if isinstance(c, _Normalized)]
-        blind = next((c for c in twins if not force and _is_blind(c)), None)
-    except KerasNormError as error:
-        return Refusal(Reason.NO_RULE, error.what, error.fix)
-    except (TypeError, ValueError) as error:  # functions of one's own in a config
-        return Refusal(Reason.NO_RULE, f"it cannot be made again: {reason(error)}")
-    if blind is not None:
-        return Refusal(
-            Reason.DEGENERATE,
-            f"{blind.units} units leave {norm.title.lower()} nothing but a constant",
-            "force=True, if you mean it",
-        )
-    stay = [type(c).__name__ for c in cells_of(layer) if not isinstance(c, _Normalized)]
-    note = "kernels kept, the norms are new"
-    note += f"; {', '.join(stay)} without a norm" if stay else ""
-    edit = Edit(site.path, keras.saving.serialize_keras_object(layer))
-    return Adoption((edit,), Fidelity.FRESH, note)
-
-
-def _elsewhere(site: Site, cell: Any) -> bool:
-    """Whether something beside the layer holds its cell."""
-    inner = tuple(f"{path}/" for path in site.paths)
-    held = site._map.by_id.get(id(cell))
-    return held is not None and not all(p.startswith(inner) for p in held.paths)
-
-
-def _arguments(
-    config: Mapping[str, Any],
-    cell: Any,
-    options: Mapping[str, Any],
-    made: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Arguments of a cell, or its layer, like one of this config."""
-    norm, arguments = made["norm"], dict(made["norm_arguments"])
-    if norm.name == "group" and "groups" not in arguments:
-        from kerasnorm.layers.group import default_groups
-
-        arguments["groups"] = default_groups(config["units"])
-    known = {k: v for k, v in options.items() if k in cell_options(cell)}
-    return {**config, **known, "norm": norm, "norm_arguments": arguments}
-
-
-def _is_blind(cell: _Normalized) -> bool:
-    """Whether a norm of the cell puts out the same for all inputs.
-
-    Raises:
-        KerasNormError: one is not defined on its vectors.
-    """
-    rng = np.random.default_rng(0)
-    for name, width in cell.widths().items():
-        norm = getattr(type(cell).from_config(cell.get_config()), name)
-        norm.build((None, width))
-        if _follows(norm):
-            continue
-        y = norm(rng.normal(size=(8, width)).astype("float32"), training=False)
-        y = ops.convert_to_numpy(ops.cast(y, "float32"))
-        if np.ptp(y, axis=0).max() < 1e-6:
-            return True
-    return False
-
-
-def _with_twins(layer: Any, options: Mapping[str, Any], made: Mapping[str, Any]) -> Any:
-    """`layer`, an RNN, with twins of the cells that have one."""
-    cells = cells_of(layer)
-    kinds = [CELLS.get(type(cell)) for cell in cells]
-    own = type(layer) not in (keras.layers.RNN, RNN)
-    if own or not any(kinds):
-        what = layer if own else cells[0]
-        raise KerasNormError(
-            f"there is no normalized {type(what).__name__}",
-            got=f"{type(layer).__name__} {layer.name!r}",
-            expected=f"one of {', '.join(k.__name__ for k in CELLS)}",
-        )
-    twins = [
-        kind(**_arguments(cell.get_config(), kind, options, made)) if kind else cell
-        for kind, cell in zip(kinds, cells, strict=True)
-    ]
-    stacked = isinstance(layer.cell, keras.layers.StackedRNNCells)
-    if stacked and _follows(made["norm"].layer):
-        raise KerasNormError(
-            f"{made['norm'].title.lower()} does not follow stacked cells",
-            got=f"{len(cells)} cells in {layer.name!r}",
-            expected="one cell",
-            fix="a layer for each of the cells",
-        )
-    if stacked:
-        config = layer.cell.get_config()
-        config["cells"] = [keras.saving.serialize_keras_object(cell) for cell in twins]
-        cell = keras.layers.StackedRNNCells.from_config(config)
-    else:
-        (cell,) = twins
-    config = layer.get_config()
-    config["cell"] = keras.saving.serialize_keras_object(cell)
-    return RNN.from_config(config)
-
-
-def cells_of(layer: Any) -> list[Any]:
-    """The cells of a recurrent layer, in order; none of any other."""
-    cell = getattr(layer, "cell", None)
-    return [] if cell is None else list(getattr(cell, "cells", [cell]))
-
-
-def cell_options(cell: Any) -> set[str]:
-    """Arguments that a cell of this module has beside those of Keras's."""
-    own = set(inspect.signature(cell.__init__).parameters)
-    return own - {"self", "units", "norm", "norm_arguments", "kwargs"}
-
-
-def carry_cells(old: Any, new: Any) -> None:
-    """Copies the weights of a recurrent layer's cells to those of its twin."""
-    for before, after in zip(cells_of(old), cells_of(new), strict=True):
-        if type(before) is type(after):
-            copy_weights({id(before): (before, after)})
-            continue
-        twins = {v.name: v for v in own_variables(after)}
-        for variable in own_variables(before):
-            twin = twins.get(variable.name)
-            if twin is not None and twin.shape == variable.shape:
-                assign(twin, variable)
-        if not before.trainable:
-            _freeze(after)
-    if not old.trainable:
-        _freeze(new)
-
-
-def _freeze(layer: Any) -> None:
-    """With what it holds: the constructor's flag does not reach that, and setting a
-    flag to what it is does nothing on TensorFlow."""
-    layer.trainable = True
-    layer.trainable = False

@@ -12,7 +12,7 @@ from typing import Any
 
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm import backend, reductions
 from kerasnorm.numerics import (
     elements,
     group_mean,
@@ -55,9 +55,9 @@ def rows(
     parts = (width,) if groups == 1 else (groups, width)
 
     def kernel(x, gamma=None, beta=None, gain=None):
-        mean = backend.row_mean(x) if center else None
+        mean = reductions.row_mean(x) if center else None
         d = x if mean is None else x - mean
-        inverse = inverse_root(backend.row_mean_square(d), epsilon)
+        inverse = inverse_root(reductions.row_mean_square(d), epsilon)
         if mean is not None:
             mean, inverse = backend.settled(x, mean, inverse)
             d = x - mean
@@ -72,20 +72,22 @@ def rows(
         def backward(dy):
             # The normalized row is not kept: its factor is one number a row.
             along = dy * d
-            inner = backend.row_mean(along, gamma)
+            inner = reductions.row_mean(along, gamma)
             dx = dy if gamma is None else dy * gamma
             if center:
-                dx = dx - backend.row_mean(dy, gamma)
+                dx = dx - reductions.row_mean(dy, gamma)
             gradients = [(dx - d * (inner * ops.square(inverse))) * slope]
             if gamma is not None:
                 if mean is not None and backend.reads_once():
                     # For the sums alone, or all that they share is written out.
                     own_mean, own_slope = backend.apart(mean, slope)
-                    gradients.append(backend.column_sum(dy * (x - own_mean), own_slope))
+                    gradients.append(
+                        reductions.column_sum(dy * (x - own_mean), own_slope)
+                    )
                 else:
-                    gradients.append(backend.column_sum(along, slope))
+                    gradients.append(reductions.column_sum(along, slope))
             if beta is not None:
-                gradients.append(backend.column_sum(dy))
+                gradients.append(reductions.column_sum(dy))
             if gain is not None:
                 gradients.append(ops.sum(inner * inverse, 0) * width)
             return tuple(gradients)
@@ -157,8 +159,8 @@ def samples(
             mean, variance = mean_variance(x, (1,), n)
             d = x - mean
         else:
-            d = x - backend.mean(x, (1,), n) if center else x
-            variance = backend.mean_square(d, (1,), n)
+            d = x - reductions.mean(x, (1,), n) if center else x
+            variance = reductions.mean_square(d, (1,), n)
         inverse = inverse_root(variance, epsilon)
         slope = inverse if gamma is None else inverse * gamma
         y = d * slope
@@ -166,8 +168,8 @@ def samples(
 
         def backward(dy):
             unit = d * inverse
-            along = backend.mean(dy * unit, (1,), n)
-            level = backend.mean(dy, (1,), n)
+            along = reductions.mean(dy * unit, (1,), n)
+            level = reductions.mean(dy, (1,), n)
             dx = dy - unit * along
             dx = (dx - level if center else dx) * slope
             return dx, *_of_channels(along, level, n, gamma, beta)
@@ -205,8 +207,8 @@ def groups(
         y = scale_shift(x, mean, inverse, gamma, beta)
 
         def backward(dy):
-            level = backend.mean(dy, (1,), n)
-            along = (backend.mean(dy * x, (1,), n) - mean * level) * inverse
+            level = reductions.mean(dy, (1,), n)
+            along = (reductions.mean(dy * x, (1,), n) - mean * level) * inverse
             slope, inner, outer = inverse, along, level
             if gamma is not None:
                 slope, inner, outer = (v * gamma for v in (inverse, along, level))
@@ -250,11 +252,11 @@ def lengths(v: Tensor, g: Tensor) -> Tensor:
     """
 
     def kernel(v, g):
-        inverse = inverse_root(backend.mean_square(v, (0,), 1.0), 0.0)
+        inverse = inverse_root(reductions.mean_square(v, (0,), 1.0), 0.0)
         slope = inverse * g
 
         def backward(dw):
-            along = backend.column_sum(dw * v) * inverse
+            along = reductions.column_sum(dw * v) * inverse
             return dw * slope - v * (along * inverse * slope), ops.sum(along, 0)
 
         return v * slope, backward
@@ -289,14 +291,14 @@ def columns(
         return y, mean[0, 0], variance[0, 0]
     gamma = ops.ones((channels,), x.dtype) if gamma is None else gamma
     beta = ops.zeros((channels,), x.dtype) if beta is None else beta
-    fused = backend.fused_batch_normalization(x, gamma, beta, epsilon)
+    fused = reductions.fused_batch_normalization(x, gamma, beta, epsilon)
     if fused is not None:
         return fused
 
     def kernel(x, gamma, beta):
         n = elements(x, (0,))
         mean = ops.sum(x, 0) / n
-        variance = ops.sum(backend.squared_difference(x, mean), 0) / n
+        variance = ops.sum(reductions.squared_difference(x, mean), 0) / n
         inverse = inverse_root(variance, epsilon)
         slope = inverse * gamma
 

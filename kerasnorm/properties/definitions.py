@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm import reductions
 
 
 Array = np.ndarray
@@ -43,7 +43,7 @@ def moments(h: Tensor, axis: int = -1) -> tuple[Tensor, Tensor]:
         h = ops.moveaxis(h, axis, -1)
     h = ops.reshape(h, (-1, h.shape[-1]))
     mean = ops.mean(h, axis=0)
-    return mean, ops.mean(backend.squared_difference(h, mean), axis=0)
+    return mean, ops.mean(reductions.squared_difference(h, mean), axis=0)
 
 
 def gram(h: Tensor, samples: int) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasnorm import recurrent
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Edit, Method, get, read
+from kerasnorm.recurrent import RNN
+from kerasnorm.swap.cells import carry_cells
 from kerasnorm.swap.plan import Plan, opened, plan
 from kerasnorm.swap.report import Report
 from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
@@ -178,8 +179,8 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
             for old in [site_map[e.path].layer]
         }
         old, new = held.get(step.path, (None, None))
-        if isinstance(new, recurrent.RNN):
-            recurrent.carry_cells(old, new)
+        if isinstance(new, RNN):
+            carry_cells(old, new)
         else:
             carry(get(step.method), read(site_map[step.path].layer), held)
     edited.renew_averages()

@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 
-from kerasnorm import recurrent
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import (
     Adoption,
@@ -27,6 +26,7 @@ from kerasnorm.method import (
     get,
     read,
 )
+from kerasnorm.swap.cells import CELLS, adopt_cell, cell_options
 from rewriters.edit import custom_objects_of
 from rewriters.graph import Site, SiteMap, selects
 
@@ -242,7 +242,7 @@ def _built(
                     )
                 builder.add(site, name, target, answer)
             elif cells is not False and selects(where, site):
-                answer = recurrent.adopt_cell(
+                answer = adopt_cell(
                     site,
                     target,
                     options.arguments,
@@ -316,7 +316,7 @@ def _cell_options(cells: bool | Mapping[str, Any]) -> Mapping[str, Any]:
             expected="True, False, or a dict of further arguments of the cells",
         )
     options = cells if isinstance(cells, Mapping) else {}
-    known = set().union(*map(recurrent.cell_options, recurrent.CELLS.values()))
+    known = set().union(*map(cell_options, CELLS.values()))
     for name in options:
         if name not in known:
             raise KerasNormError(

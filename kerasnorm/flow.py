@@ -195,9 +195,8 @@ class Graph:
             )
         else:
             steps, self.outputs = _of_subclass(site_map.model)
-        reads = _Reads()
-        self.steps = [s for i in steps for s in _expand(i, reads)]
-        self.read_apart = reads.seen
+        self.read_apart: set[int] = set()
+        self.steps = [s for i in steps for s in _expand(i, self.read_apart)]
         self.users: dict[int, list[int]] = {}
         self.readers: dict[Value, list[int]] = {}
         for n, step in enumerate(self.steps):
@@ -256,28 +255,29 @@ class _Reads(keras.StatelessScope):
     """Notes which variables the code of a layer reads itself: in the calls of inner
     layers, which run in scopes of their own, it hears nothing."""
 
-    def __init__(self):
+    def __init__(self, seen: set[int]):
         super().__init__()
-        self.seen: set[int] = set()
+        self.seen = seen
 
     def get_current_value(self, variable):
         self.seen.add(id(variable))
         return super().get_current_value(variable)
 
 
-def _expand(step: Instruction, reads: _Reads) -> Iterator[Instruction]:
+def _expand(step: Instruction, read: set[int]) -> Iterator[Instruction]:
+    """The calls within one call; `read` is added what is read apart from these."""
     leaves = tree.flatten((step.args, step.kwargs))
-    reads.seen |= {id(v) for v in leaves if isinstance(v, keras.Variable)}
+    read |= {id(v) for v in leaves if isinstance(v, keras.Variable)}
     if is_known(step.operation):
         yield step
         return
     try:
-        steps = _traced(step, reads)
+        steps = _traced(step, read)
     except Exception:  # tensors of a kind of its own, data-dependent Python, ...
         yield step
         return
     for inner in steps:
-        yield from _expand(inner, reads)
+        yield from _expand(inner, read)
 
 
 def _of_subclass(model: Any) -> tuple[list[Instruction], tuple[Value, ...]]:
@@ -292,7 +292,7 @@ def _of_subclass(model: Any) -> tuple[list[Instruction], tuple[Value, ...]]:
     return [step], outputs
 
 
-def _traced(step: Instruction, reads: _Reads) -> list[Instruction]:
+def _traced(step: Instruction, read: set[int]) -> list[Instruction]:
     """The calls within one call of a layer, on the same values.
 
     The layer runs on symbolic tensors, in training mode unless that is fixed; the nodes
@@ -318,7 +318,7 @@ def _traced(step: Instruction, reads: _Reads) -> list[Instruction]:
     layers = layer._flatten_layers()
     before = [(x, len(x._inbound_nodes), len(x._outbound_nodes)) for x in layers]
     try:
-        with reads:
+        with _Reads(read):
             made = tree.flatten(layer.call(*args, **kwargs))
         nodes = _nodes(made, known)
     finally:

@@ -99,6 +99,7 @@ def test_sequences_of_no_length(name):
         )
 
 
+@pytest.mark.filterwarnings("ignore:.*native_serialization")  # of Keras, to JAX
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="sizes are symbols there")
 @pytest.mark.parametrize("name", ["group", "instance", "layer", "filter_response"])
 def test_export_with_sizes_that_are_symbols(name, tmp_path):

@@ -202,6 +202,13 @@ class Kernel:
         return {**serialized, "config": config}
 
 
+def is_composed(layer: Any) -> bool:
+    """Whether the kernel is no variable as it is used: quantized, or with LoRA."""
+    return bool(
+        getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", 0)
+    )
+
+
 def kernel_of(layer: Any) -> Kernel | Refusal | None:
     """Describes the kernel of a linear layer.
 
@@ -218,7 +225,7 @@ def kernel_of(layer: Any) -> Kernel | Refusal | None:
             Reason.OVERRIDDEN,
             f"{layer.name} is a {cls.__name__} with a `call` of its own",
         )
-    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", 0):
+    if is_composed(layer):
         return Refusal(
             Reason.NOT_EXACT, f"the kernel of {layer.name} is quantized or has LoRA"
         )

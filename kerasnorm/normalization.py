@@ -274,8 +274,6 @@ def _flat(x, trailing: int):
     """`(batch, ..., channels...)` as `(batch, positions, channels)`."""
     middle = x.shape[1 : len(x.shape) - trailing]
     channels = math.prod(x.shape[len(x.shape) - trailing :])
-    if None not in middle and math.prod(middle) != 0:
-        return ops.reshape(x, (-1, math.prod(middle), channels))
-    if None not in middle:  # sequences of no length
-        return ops.reshape(x, (ops.shape(x)[0], math.prod(middle), channels))
-    return ops.reshape(x, (ops.shape(x)[0], -1, channels))
+    positions = -1 if None in middle else math.prod(middle)
+    batch = ops.shape(x)[0] if positions in (-1, 0) else -1
+    return ops.reshape(x, (batch, positions, channels))

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from kerasnorm import compilation
+from rewriters.transfer import innermost
 
 
 Tensor = Any
@@ -311,13 +312,6 @@ def train_step(
         metrics, loss, x, y, y_pred, sample_weight
     )
     return logs, [(trainable, fixed, optimizer, metrics)], at_x
-
-
-def innermost(optimizer: Any) -> Any:
-    """The optimizer that makes the steps, within those that wrap it."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer
 
 
 def one_of(optimizer: Any, variable: Any = None) -> Any:

@@ -9,9 +9,10 @@ one. Weights follow by identity (`transfer`).
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -202,18 +203,15 @@ class _Copier:
         theirs = {n: v for n, v in vars(layer).items() if n not in internals()}
         if not theirs:
             return
-        locked = new._tracker.locked
-        new._tracker.unlock()
         inner = list(layer._flatten_layers(include_self=False))
-        for name, value in theirs.items():
-            if isinstance(value, keras.Variable) and any(
-                value is v for x in inner for v in transfer.own_variables(x)
-            ):
-                self.aliases.append((new, name, value))
-                continue  # until the layer that has it is built
-            setattr(new, name, self._attribute(value, layer, new))
-        if locked:
-            new._tracker.lock()
+        with _unlocked(new):
+            for name, value in theirs.items():
+                if isinstance(value, keras.Variable) and any(
+                    value is v for x in inner for v in transfer.own_variables(x)
+                ):
+                    self.aliases.append((new, name, value))
+                    continue  # until the layer that has it is built
+                setattr(new, name, self._attribute(value, layer, new))
 
     def set_aliases(self) -> None:
         """Sets the attributes that are variables of inner layers, which are built."""
@@ -224,11 +222,8 @@ class _Copier:
                     continue
                 for v, w in transfer.paired_variables(old, new):
                     mate = w if v is value else mate
-            locked = holder._tracker.locked
-            holder._tracker.unlock()
-            setattr(holder, name, mate)
-            if locked:
-                holder._tracker.lock()
+            with _unlocked(holder):
+                setattr(holder, name, mate)
 
     def _metric(self, metric: Any) -> Any:
         try:
@@ -336,6 +331,18 @@ class _Copier:
             new = remember(new, exchanged)
         self._copy_attributes(model, new)
         return new
+
+
+@contextlib.contextmanager
+def _unlocked(layer: Any) -> Iterator[None]:
+    """Lets a built layer take attributes that Keras tracks."""
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._tracker.lock()
 
 
 def _copy_variable(variable: Any) -> Any:

@@ -231,7 +231,7 @@ def _classes_of(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy_exclusions(old: Any, new: Any, variables: list[tuple[Any, Any]]) -> None:
     """What `exclude_from_weight_decay` told an optimizer, which no config has."""
-    old, new = _innermost(old), _innermost(new)
+    old, new = innermost(old), innermost(new)
     excluded = getattr(old, "_exclude_from_weight_decay", None)
     if excluded is None:
         return
@@ -243,8 +243,9 @@ def _copy_exclusions(old: Any, new: Any, variables: list[tuple[Any, Any]]) -> No
     new._exclude_from_weight_decay_cache = {}
 
 
-def _innermost(optimizer: Any) -> Any:
-    while getattr(optimizer, "inner_optimizer", None) is not None:
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that makes the steps, within those that wrap it."""
+    while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
 

@@ -659,3 +659,11 @@ def test_labels_for_some_of_the_outputs(rng):
     assert found.at("z").gradient == 0 < found.at("a").gradient
     whole = measure(model, x, {"a": y, "z": y}, loss={"a": "mse", "z": None})
     assert found.at("a").gradient == pytest.approx(whole.at("a").gradient, rel=1e-6)
+
+
+def test_the_rate_is_that_of_the_model_also_without_kernels(rng):
+    model = keras.Sequential([keras.Input((6,)), layers.BatchNormalization()])
+    x = gaussian(rng, 8, 6)
+    model.compile(keras.optimizers.SGD(0.5), "mse")
+    assert measure(model, x).learning_rate == 0.5
+    assert measure(model, x, learning_rate=0.25).learning_rate == 0.25

@@ -30,9 +30,7 @@ def per_row(values: Tensor, x: Tensor) -> Tensor:
 
 def features(x: Tensor) -> Any:
     """How many values a row has; a tensor where the shape does not say."""
-    if None not in x.shape[1:]:
-        return math.prod(x.shape[1:])
-    return ops.prod(ops.convert_to_tensor(ops.shape(x)[1:], "int32"))
+    return math.prod(ops.shape(x)[1:])
 
 
 def flat(x: Tensor) -> Tensor:

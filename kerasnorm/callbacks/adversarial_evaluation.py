@@ -24,8 +24,8 @@ from kerasnorm.adversarial.evaluation import Evaluation
 from kerasnorm.adversarial.reading import pieces, read_settings
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.errors import KerasNormError, count
-from kerasnorm.programs import innermost
 from kerasnorm.swap.data import spaced
+from rewriters.transfer import innermost
 
 
 class AdversarialEvaluation(keras.callbacks.Callback):

@@ -131,10 +131,10 @@ class Measurer:
         return self._run.traces
 
     def _rate_of(self, kernel: Any) -> float:
+        if self.rate is not None:
+            return float(self.rate)
         optimizer = getattr(self.model, "optimizer", None)
-        if self.rate is not None or optimizer is None:
-            return 0.01 if self.rate is None else float(self.rate)
-        return learning_rate(optimizer, kernel)
+        return 0.01 if optimizer is None else learning_rate(optimizer, kernel)
 
     def __call__(self) -> Measurement:
         """The properties of the model as it is now."""
@@ -142,7 +142,7 @@ class Measurer:
         model, inputs, batch = self.model, self.inputs, self.batch
         kernels = [k for probe in self.watched for k in probe.kernels]
         rates = {id(k): self._rate_of(k) for k in kernels}
-        rate = next(iter(rates.values()), 0.01)
+        rate = self._rate_of(kernels[0] if kernels else None)
         run, watched, notes = self._run, self.watched, list(self.notes)
         flat = [*inputs.arrays, *self.labels]
         batches = [

@@ -112,8 +112,9 @@ def _is_blind(cell: Normalized) -> bool:
         KerasNormError: one is not defined on its vectors.
     """
     rng = np.random.default_rng(0)
+    again = type(cell).from_config(cell.get_config())
     for name, width in cell.widths().items():
-        norm = getattr(type(cell).from_config(cell.get_config()), name)
+        norm = getattr(again, name)
         norm.build((None, width))
         if follows(norm):
             continue

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerasnorm.kernels import is_composed
 from kerasnorm.swap import solve
 from kerasnorm.swap.rows import Array, assign, numpy_of
 from rewriters.transfer import own_variables
@@ -258,7 +259,7 @@ def problem(layer: Any) -> Linear | str | None:
         if any(v.name.endswith("kernel") and len(v.shape) > 1 for v in own):
             return f"no problem of least squares: {type(layer).__name__}"
         return None
-    if getattr(layer, "quantization_mode", None) or getattr(layer, "lora_enabled", 0):
+    if is_composed(layer):
         return "its kernel is quantized or has LoRA"
     if not layer.trainable or any(not v.trainable for v in _kernels(layer)):
         return "frozen"

@@ -233,8 +233,9 @@ def _built(
             if source is not None and selects(where, site):
                 name = getattr(source, "method", type(site.layer).__name__)
                 within = next((w for w in whole if site.path.startswith(w)), None)
-                answer = _adopt(target, source, site, options)
-                if within is not None:
+                if within is None:
+                    answer = _adopt(target, source, site, options)
+                else:
                     answer = Refusal(
                         Reason.SHARED,
                         f"{within[:-1]!r} is replaced as a whole",

@@ -7,12 +7,12 @@ layer, by a wrapper or a recurrent cell.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from rewriters.holders import walk
+from rewriters.holders import Layer, walk
 from rewriters.program import Instruction, Program, is_graph
 from rewriters.tracing import Call, call_of, trace
 
@@ -44,11 +44,10 @@ class Site:
 
     def before(self) -> Site | None:
         """The layer whose output is this one's only input, and goes nowhere else."""
-        steps = self._map.steps.get(id(self.layer), [])
-        program = self._map.program
-        if program is None or len(steps) != 1 or len(steps[0].inputs) != 1:
+        place = self._map.place(self.layer)
+        if place is None or len(place[1].inputs) != 1:
             return None
-        value = steps[0].inputs[0]
+        program, value = place[0], place[1].inputs[0]
         producer = program.producer.get(value)
         if producer is None or value in program.outputs:
             return None
@@ -57,17 +56,22 @@ class Site:
 
     def after(self) -> Site | None:
         """The only layer that reads this one's output, and reads nothing else."""
-        steps = self._map.steps.get(id(self.layer), [])
-        program = self._map.program
-        if program is None or len(steps) != 1 or len(steps[0].outputs) != 1:
+        place = self._map.place(self.layer)
+        if place is None or len(place[1].outputs) != 1:
             return None
-        value = steps[0].outputs[0]
+        program, value = place[0], place[1].outputs[0]
         readers = program.consumers.get(value, [])
         if len(readers) != 1 or value in program.outputs:
             return None
         if len(readers[0].inputs) != 1:
             return None
         return self._map.by_id.get(id(readers[0].operation))
+
+    @property
+    def placed(self) -> bool:
+        """Whether `before` and `after` can tell: a graph calls the layer, once, and
+        nothing else does."""
+        return self._map.place(self.layer) is not None
 
 
 class SiteMap:
@@ -82,25 +86,48 @@ class SiteMap:
     def __init__(self, model: Any, tracing: bool = True):
         self.model = model
         self.program = Program(model) if is_graph(model) else None
-        self.steps: dict[int, list[Instruction]] = {}
-        for instruction in self.program.instructions if self.program else ():
-            self.steps.setdefault(id(instruction.operation), []).append(instruction)
+        steps = _by_operation(self.program)
         found: dict[int, list[tuple[str, Any, bool]]] = {}
         for path, layer, inner in walk(model):
             found.setdefault(id(layer), []).append((path, layer, inner))
         inside = [p[0] for p in found.values() if p[0][2]]
         layers = [layer for _, layer, _ in inside]
         traced = trace(self.program, model, layers) if tracing else {}
+        self._places = {k: [(self.program, i) for i in v] for k, v in steps.items()}
+        for (_, layer, inner), *_ in found.values():
+            if inner and is_graph(layer):
+                self._place_inside(layer, traced)
         self.by_id: dict[int, Site] = {}
         for key, places in found.items():
             path, layer, inner = places[0]
-            calls = [call_of(i) for i in self.steps.get(key, [])] + traced.get(key, [])
+            calls = [call_of(i) for i in steps.get(key, [])]
+            calls += _distinct(traced.get(key, []))
             paths = tuple(p for p, _, _ in places)
             self.by_id[key] = Site(path, layer, tuple(calls), inner, paths, self)
-        order = {k: n for n, k in enumerate(self.steps)}
+        order = {k: n for n, k in enumerate(steps)}
         ranked = sorted(self.by_id.values(), key=lambda s: order.get(id(s.layer), 1e9))
         self.sites = ranked if self.program else list(self.by_id.values())
         self.by_path = {p: s for s in self.sites for p in s.paths}
+
+    def _place_inside(self, graph: Any, traced: Mapping[int, list[Call]]) -> None:
+        """Notes the steps of a graph that code calls, and calls as a whole only."""
+        times = len(traced.get(id(graph), ()))
+        if not times:
+            return
+        program = Program(graph)
+        steps = _by_operation(program)
+        if all(
+            len(traced.get(id(i.operation), ())) == times * len(steps[id(i.operation)])
+            for i in program.instructions
+            if isinstance(i.operation, Layer)
+        ):
+            for key, found in steps.items():
+                self._places.setdefault(key, [(program, i) for i in found])
+
+    def place(self, layer: Any) -> tuple[Program, Instruction] | None:
+        """The only step at which a graph calls the layer, if there is one."""
+        places = self._places.get(id(layer), [])
+        return places[0] if len(places) == 1 else None  # type: ignore
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -130,6 +157,17 @@ def sites(
         A list of `Site`, each layer once, however often it is called.
     """
     return [s for s in SiteMap(model, tracing) if selects(where, s)]
+
+
+def _by_operation(program: Program | None) -> dict[int, list[Instruction]]:
+    steps: dict[int, list[Instruction]] = {}
+    for i in program.instructions if program else ():
+        steps.setdefault(id(i.operation), []).append(i)
+    return steps
+
+
+def _distinct(calls: list[Call]) -> list[Call]:
+    return [c for k, c in enumerate(calls) if c not in calls[:k]]
 
 
 def selects(where: str | Callable[[Site], bool] | None, site: Site) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 from keras import tree
+from keras.src.backend import compute_output_spec  # has no public name
 
 from rewriters.holders import children
 from rewriters.program import Instruction, Program, Shape, Value
@@ -52,7 +53,7 @@ def call_of(i: Instruction) -> Call:
 def trace(
     program: Program | None, model: Any, inside: list[Any]
 ) -> dict[int, list[Call]]:
-    """Calls of inner layers, learnt by running their owners on symbolic inputs.
+    """Every call of inner layers, learnt by running their owners on symbolic inputs.
 
     An owner that cannot be run so (no known input, tensors of a kind of its own)
     leaves its layers without calls; the sites stay known.
@@ -70,18 +71,18 @@ def trace(
             for k, v in kwargs.items()
             if k not in ("training", "mask") and v is not None and _plain(v)
         }
+        if kwargs.get("training") is True:  # nobody asked for it but the owner's code
+            given["training"] = True
         masked = getattr(first, "_keras_mask", None) is not None
         masked = masked or kwargs.get("mask") is not None
         dtype = keras.backend.standardize_dtype(first.dtype)
         call = Call(tuple(first.shape), dtype, masked, given)
-        seen = calls.setdefault(id(layer), [])
-        if call not in seen:
-            seen.append(call)
+        calls.setdefault(id(layer), []).append(call)
 
     with watching(inside, note):
         for owner, specs, kwargs in _opaque_calls(program, model):
             try:
-                keras.Operation.compute_output_spec(owner, *specs, **kwargs)
+                compute_output_spec(owner, *specs, **kwargs)
             except Exception:
                 continue
     return calls

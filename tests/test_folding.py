@@ -164,6 +164,72 @@ def test_forced_training_mode_is_not_folded():
     assert refused.reason is Reason.TRAINING
 
 
+@keras.saving.register_keras_serializable("test_folding")
+class OfGraphs(keras.Model):
+    """Two graphs that code calls, one of them in the way that `how` names."""
+
+    def __init__(self, how, **kwargs):
+        super().__init__(**kwargs)
+        self.how = how
+        self.encoder = keras.Sequential(
+            [keras.Input((6,)), layers.Dense(6), layers.BatchNormalization()]
+        )
+        inner = keras.Sequential([layers.Dense(5), layers.BatchNormalization()])
+        self.decoder = keras.Sequential([keras.Input((6,)), inner, layers.ReLU()])
+
+    def call(self, x):
+        if self.how == "twice":
+            x = self.encoder(x)
+        elif self.how == "also a layer":
+            x = self.encoder.layers[0](x)
+        elif self.how == "layer by layer":
+            for layer in self.encoder.layers:
+                x = layer(x)
+            return self.decoder(x)
+        if self.how == "in training mode":
+            return self.encoder(self.decoder(x)[:, :1] + x, training=True)
+        return self.decoder(self.encoder(x))
+
+    def get_config(self):
+        return {**super().get_config(), "how": self.how}
+
+
+def of_graphs(how):
+    model = OfGraphs(how)
+    model(np.zeros((2, 6), "float32"))
+    rng = np.random.default_rng(1)
+    for v in model.weights:
+        v.assign(rng.uniform(0.2, 2, v.shape))
+    return model
+
+
+@pytest.mark.parametrize("method", ["none", "wn"])
+@pytest.mark.parametrize("how", ["once", "twice"])
+def test_graphs_that_code_calls_as_a_whole(how, method, rng, tmp_path):
+    model = of_graphs(how)
+    rewrite(model, method, out=tmp_path / "new.keras")
+    new = keras.saving.load_model(tmp_path / "new.keras")
+    kinds = {type(x).__name__ for x in new._flatten_layers()}
+    assert "BatchNormalization" not in kinds
+    same_outputs(model, new, (6,), rng)
+
+
+@pytest.mark.parametrize("how", ["also a layer", "layer by layer"])
+def test_a_graph_whose_layers_code_calls_apart_is_not_folded(how):
+    made = plan(of_graphs(how), "none")
+    assert [s.path.split("/")[0] for s in made.steps] == ["decoder"]
+    (refused,) = made.refused
+    assert refused.path.startswith("encoder/")
+    assert refused.reason is Reason.NO_GRAPH
+
+
+def test_training_mode_that_code_asks_for_is_seen():
+    made = plan(of_graphs("in training mode"), "none")
+    assert [s.path.split("/")[0] for s in made.steps] == ["decoder"]
+    (refused,) = made.refused
+    assert refused.reason is Reason.TRAINING
+
+
 def test_the_axis_must_be_the_channels():
     model = chain((4, 6), layers.Dense(5), layers.BatchNormalization(axis=1))
     (refused,) = plan(model, "none").refused

@@ -14,10 +14,10 @@ import numpy as np
 from kerasnorm import adoption, moving_statistics
 from kerasnorm.method import Options, Source, get, read
 from kerasnorm.reparametrized import Reparametrized
-from kerasnorm.swap.apply import verify
+from kerasnorm.swap.apply import keep_frozen, verify
 from kerasnorm.swap.plan import opened
 from rewriters.compare import outputs
-from rewriters.edit import edit
+from rewriters.edit import Edited, edit
 from rewriters.graph import SiteMap
 from rewriters.saving import check_target, save
 
@@ -66,10 +66,14 @@ def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
             place = adoption.edit(site, made)
             edits[site.path], drops[site.path] = made, place.drops
             after.append(functools.partial(_set, weights))
-    edited = edit(model, edits, drops=drops, site_map=site_map)
-    for site_path, fold in zip(edits, after, strict=True):
-        old = site_map[site_path].layer
-        fold(old, edited.new(old))
+
+    def carry(edited: Edited) -> None:
+        for site_path, fold in zip(edits, after, strict=True):
+            old = site_map[site_path].layer
+            fold(old, edited.new(old))
+            keep_frozen(old, edited.new(old))
+
+    edited = edit(model, edits, drops=drops, site_map=site_map, carry=carry)
     edited.renew_averages()
     if edits:
         verify(model, edited.model, "the export")

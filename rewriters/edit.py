@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -69,6 +69,7 @@ def edit(
     *,
     drops: Mapping[str, Iterable[str]] | None = None,
     site_map: SiteMap | None = None,
+    carry: Callable[[Edited], None] | None = None,
 ) -> Edited:
     """Copies a model with some of its layers replaced or removed.
 
@@ -79,6 +80,8 @@ def edit(
             gives one of these.
         drops: site path -> recorded call keywords that the new layer may do without.
         site_map: the model's sites where they are known already.
+        carry: sets what the layers that replace others take from these, weights and
+            `trainable` flags, before the new model is compiled.
 
     Returns:
         `Edited`: the new model, compiled like the old one, with the weights and
@@ -110,6 +113,8 @@ def edit(
     copier.set_aliases()
     result = Edited(new_model, copier.memo, set(replaced))
     transfer.copy_weights(result.layers, skip=set(replaced))
+    if carry is not None:
+        carry(result)
     transfer.copy_compile_state(model, new_model, result.layers, set(replaced))
     return result
 

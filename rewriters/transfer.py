@@ -33,6 +33,7 @@ def copy_weights(pairs: Pairs, skip: set[int] = frozenset()) -> None:  # type: i
     for old, new in paired_layers(pairs, skip):
         if old.trainable != new.trainable:
             new.trainable = old.trainable
+        _adapt(old, new)
         for v, w in paired_variables(old, new):
             if old.trainable and not v.trainable and w.trainable:
                 w.trainable = False  # one variable is frozen by itself
@@ -45,6 +46,17 @@ def copy_weights(pairs: Pairs, skip: set[int] = frozenset()) -> None:  # type: i
             assign(w, v)
         finalize(new)
         _copy_vocabulary(old, new)
+
+
+def _adapt(old: Any, new: Any) -> None:
+    """Quantizes a copy and gives it LoRA as was done to the original after it was
+    made: where an owner constructs the layer, no config tells."""
+    mode = getattr(old, "quantization_mode", None)
+    if mode and not getattr(new, "quantization_mode", None):
+        settings = getattr(old, "quantization_config", None)
+        new.quantize(mode, **({"config": settings} if settings else {}))
+    if getattr(old, "lora_enabled", False) and not getattr(new, "lora_enabled", False):
+        new.enable_lora(old.lora_rank, lora_alpha=old.lora_alpha)
 
 
 def finalize(layer: Any) -> None:
@@ -64,7 +76,10 @@ def _copy_vocabulary(old: Any, new: Any) -> None:
     new.set_vocabulary(words, weights)
 
 
-def paired_layers(pairs: Pairs, skip: set[int]) -> Iterator[tuple[Any, Any]]:
+def paired_layers(
+    pairs: Pairs,
+    skip: set[int] = frozenset(),  # type: ignore
+) -> Iterator[tuple[Any, Any]]:
     """All pairs of layers, owners before what they hold, each once."""
     done: set[int] = set(skip)
 

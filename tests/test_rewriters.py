@@ -537,6 +537,57 @@ def test_a_variable_frozen_by_itself_stays_frozen():
     np.testing.assert_array_equal(np.array(new.get_layer("second").kernel), kept)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_stands_for_a_frozen_variable_is_frozen(compiled):
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    model = small_mlp()
+    model.get_layer("second").kernel.trainable = False
+    norm = model.layers[1]
+    norm.gamma.trainable = False
+    if compiled:
+        model.compile("adam", "mse", jit_compile=False)
+        model.fit(x, x[:, :3], verbose=0)
+    new = kerasnorm.rewrite(model, "gn", groups=1, weights="wn")
+    second, first = new.get_layer("second"), new.get_layer(norm.name)
+    if not compiled:
+        new.compile("adam", "mse", jit_compile=False)
+    held = [second.layer.kernel, second.g, first.gamma]
+    free = [second.layer.bias, first.beta, new.get_layer("first").g]
+    before = [np.array(v) for v in held + free]
+    new.fit(x, x[:, :3], verbose=0)
+    for k, v in enumerate(held + free):
+        assert np.array_equal(np.array(v), before[k]) == (k < len(held)), v.path
+    plain = kerasnorm.export(new).get_layer("second")
+    assert [v.trainable for v in plain.variables] == [False, True]
+
+
+@pytest.mark.parametrize("how", ["int8", "lora", "int8, then lora"])
+def test_layers_that_an_owner_makes_may_be_quantized_or_have_lora(how):
+    x = keras.Input((6, 8))
+    y = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    y = layers.BatchNormalization(name="norm")(y)
+    model = keras.Model(x, layers.Dense(3)(y))
+    zoo.randomize(model)
+    for layer in model.get_layer("attention")._flatten_layers():
+        if isinstance(layer, layers.EinsumDense):
+            if "int8" in how:
+                layer.quantize("int8")
+            if "lora" in how:
+                layer.enable_lora(2, lora_alpha=3)
+                layer.lora_kernel_b.assign(layer.lora_kernel_b + 0.1)
+    new = rewriters.edit(model, {}).model
+    x = np.random.default_rng(0).normal(size=(3, 6, 8)).astype("float32")
+    np.testing.assert_allclose(
+        new.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-6
+    )
+    query, twin = (m.get_layer("attention").query_dense for m in (model, new))
+    assert twin.lora_enabled == query.lora_enabled
+    assert twin.quantization_mode == query.quantization_mode
+    assert [v.trainable for v in twin.variables] == [
+        v.trainable for v in query.variables
+    ]
+
+
 @pytest.mark.parametrize("how", ["int8", "lora"])
 def test_a_refit_leaves_kernels_alone_that_are_quantized_or_have_lora(how):
     x = np.random.default_rng(0).normal(size=(128, 6)).astype("float32")

@@ -15,6 +15,7 @@ import numpy as np
 from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Edit, Method, get, read
 from kerasnorm.recurrent import RNN
+from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap.cells import carry_cells
 from kerasnorm.swap.plan import Plan, opened, plan
 from kerasnorm.swap.report import Report
@@ -23,6 +24,7 @@ from rewriters.edit import Edited, custom_objects_of, edit
 from rewriters.errors import reason
 from rewriters.graph import Site, SiteMap
 from rewriters.saving import check_target, save
+from rewriters.transfer import own_variables, paired_layers
 
 
 FITS = ("affine", "refit", "distill")
@@ -171,18 +173,23 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
     with keras.saving.custom_object_scope(custom_objects_of(site_map)):
         layers = {e.path: _made(e) for s in plan.steps for e in s.edits}
     drops = {e.path: e.drops for s in plan.steps for e in s.edits}
-    edited = edit(model, layers, drops=drops, site_map=site_map)
-    for step in plan.steps:
-        held = {
-            e.path: (old, edited.new(old))
-            for e in step.edits
-            for old in [site_map[e.path].layer]
-        }
-        old, new = held.get(step.path, (None, None))
-        if isinstance(new, RNN):
-            carry_cells(old, new)
-        else:
+
+    def carry_all(edited: Edited) -> None:
+        for step in plan.steps:
+            held = {
+                e.path: (old, edited.new(old))
+                for e in step.edits
+                for old in [site_map[e.path].layer]
+            }
+            old, new = held.get(step.path, (None, None))
+            if isinstance(new, RNN):
+                carry_cells(old, new)
+                continue
             carry(get(step.method), read(site_map[step.path].layer), held)
+            for old, new in held.values():
+                keep_frozen(old, new)
+
+    edited = edit(model, layers, drops=drops, site_map=site_map, carry=carry_all)
     edited.renew_averages()
     return edited
 
@@ -210,7 +217,7 @@ def carry(method: Method, source: Any, layers: Mapping[str, tuple[Any, Any]]) ->
         return
     for _, new in layers.values():
         for variable in new.variables if new is not None else ():
-            value = source.weights.get(_CANONICAL.get(variable.name, variable.name))
+            value = source.weights.get(_canonical(variable))
             if value is not None and np.size(value) == np.prod(variable.shape):
                 variable.assign(np.reshape(value, variable.shape))
 
@@ -220,6 +227,27 @@ _CANONICAL = {
     "moving_mean": "mean",
     "moving_variance": "variance",
 }
+
+
+def _canonical(variable: Any) -> str:
+    return _CANONICAL.get(variable.name) or variable.name
+
+
+def keep_frozen(old: Any, new: Any) -> None:
+    """Freezes what stands for variables of a trainable layer frozen by themselves."""
+    if new is None:
+        return
+    before, after = (
+        x.layer if isinstance(x, Reparametrized) else x for x in (old, new)
+    )
+    for a, b in paired_layers({id(before): (before, after)}):
+        known = a._trainable_variables if a.trainable else ()
+        frozen = {_canonical(v) for v in known if not v.trainable}
+        for w in own_variables(b):
+            w.trainable &= _canonical(w) not in frozen
+    for kernel in new.kernels if isinstance(new, Reparametrized) else ():
+        for parameter in new.parameters(kernel).values():
+            parameter.trainable &= kernel.variable.trainable
 
 
 def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | None:

@@ -183,6 +183,7 @@ def carry_cells(old: Any, new: Any) -> None:
             twin = twins.get(variable.name)
             if twin is not None and twin.shape == variable.shape:
                 assign(twin, variable)
+                twin.trainable &= variable.trainable
         if not before.trainable:
             _freeze(after)
     if not old.trainable:

@@ -1004,3 +1004,60 @@ def test_models_that_take_batches_of_one_size(fit, kind, rng):
     assert new.predict(data[:40], batch_size=size, verbose=0).shape == (40, 3)
     with pytest.raises(kerasnorm.KerasNormError, match="fewer samples"):
         kerasnorm.rewrite(model, "ln", data=data[:5], fit=fit)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="only TensorFlow has strings"
+)
+@pytest.mark.parametrize("source", ["arrays", "tensors", "dataset"])
+@pytest.mark.parametrize("how", ["affine", "refit", "distill"])
+def test_text_beside_numbers(how, source, rng):
+    import tensorflow as tf
+
+    text = np.array([f"{'ab'[k % 2]} {'cdefg'[k % 5]} {k % 7}" for k in range(200)])
+    numbers = rng.normal(size=(200, 3)).astype("float32")
+    vectorize = layers.TextVectorization(20, output_sequence_length=3)
+    vectorize.adapt(text)
+    inputs = keras.Input((1,), dtype="string", name="text"), keras.Input((3,))
+    x = layers.Embedding(20, 8)(vectorize(inputs[0]))
+    x = layers.Concatenate()([layers.Flatten()(x), inputs[1]])
+    x = layers.BatchNormalization(name="bn")(layers.Dense(8)(x))
+    model = keras.Model(list(inputs), layers.Dense(3)(layers.ReLU()(x)))
+    randomize(model, rng)
+    data = [text, numbers] if source == "arrays" else [tf.constant(text), numbers]
+    if source == "dataset":
+        rows = (tf.constant(text[:, None]), numbers)
+        data = tf.data.Dataset.from_tensor_slices((rows,)).batch(64)
+    options = {"epochs": 1, "batch_size": 64} if how == "distill" else {}
+    new, report = kerasnorm.rewrite(
+        model,
+        "gn",
+        groups=2,
+        data=data,
+        fit=how,
+        fit_options=options,
+        return_report=True,
+        verbose=False,
+    )
+    bare = kerasnorm.rewrite(model, "gn", groups=2)
+    x = [tf.constant(text[:, None]), tf.constant(numbers)]
+    assert error(model, new, x) < 0.5 * error(model, bare, x)
+    assert report.fit.samples == 200
+
+
+def test_what_is_no_string_where_the_model_takes_strings():
+    inputs = keras.Input((1,), dtype="string", name="text")
+    model = keras.Model(inputs, layers.Identity()(inputs))
+    for wrong in (np.zeros((4, 1)), np.array([["a"], [None], ["b"]], object)):
+        with pytest.raises(KerasNormError, match="'text' holds no strings"):
+            reading.collect(model, wrong)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 1)])
+def test_the_last_axis_of_inputs_as_keras_takes_it(shape, rng):
+    inputs = keras.Input((1,))
+    model = keras.Model(inputs, layers.Dense(2)(inputs))
+    x = rng.normal(size=shape).astype("float32")
+    (array,) = reading.collect(model, x).arrays
+    np.testing.assert_array_equal(array, x.reshape(4, 1))
+    model.predict(x, verbose=0)

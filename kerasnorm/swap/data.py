@@ -65,7 +65,8 @@ def collect(
 
     Raises:
         KerasNormError: no data; NaN or infinite values; shapes, number or names of
-            inputs that are not the model's; a dtype that holds no numbers.
+            inputs that are not the model's; no numbers, or no strings where the model
+            takes strings.
     """
     batches = batches_of(data)
     parts, seen, size, structure, cut = [], 0, 0, 0, False
@@ -92,8 +93,7 @@ def collect(
     arrays = [joined(p) for p in columns]
     if batches is not None:
         arrays = [a[:samples] for a in arrays]
-    for name, a in zip(_names(model, len(arrays)), arrays, strict=True):
-        _check_values(name, a)
+    _check_values(model, arrays)
     if batches is None:
         arrays = _spread(arrays, samples)
     stream = None
@@ -121,8 +121,7 @@ class Stream:
         for batch in batches_of(self.data) or ():
             flat, _ = _flat(self.model, _inputs_of_batch(batch))
             _check_shapes(self.model, flat)
-            for name, a in zip(_names(self.model, len(flat)), flat, strict=True):
-                _check_values(name, a)
+            _check_values(self.model, flat)
             yield flat
 
     def __len__(self) -> int:
@@ -244,6 +243,10 @@ def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
+def _has_axes(x: Any) -> bool:
+    return _is_array(x) and len(x.shape) > 0
+
+
 def _inputs_of_batch(batch: Any) -> Any:
     if isinstance(batch, tuple):
         return batch[0]
@@ -277,7 +280,7 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
             )
         leaves = [x[k] for k in order]
         structure = {k: n for n, k in enumerate(order)}
-    elif isinstance(x, (list, tuple)) and x and all(_is_array(v) for v in x):
+    elif isinstance(x, (list, tuple)) and x and all(map(_has_axes, x)):
         leaves = list(x)
         structure = type(x)(range(len(x))) if len(x) > 1 else 0
     else:
@@ -294,6 +297,9 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
             got=f"{len(arrays)} array(s) of shape {[a.shape for a in arrays]}",
             expected=f"{len(names)}, for {', '.join(names)}",
         )
+    if names:
+        pairs = zip(model.inputs, arrays, strict=True)
+        arrays = [_of_rank(tuple(t.shape), a) for t, a in pairs]
     if len({len(a) if a.ndim else -1 for a in arrays}) != 1 or not arrays[0].ndim:
         raise KerasNormError(
             "the inputs have different numbers of samples",
@@ -301,6 +307,15 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
             expected="as many samples in every input",
         )
     return arrays, structure
+
+
+def _of_rank(wanted: tuple[int | None, ...], a: np.ndarray) -> np.ndarray:
+    """With or without a last axis of length one, as Keras's models take inputs."""
+    if a.ndim == len(wanted) - 1 and a.ndim and wanted[-1] == 1:
+        return a[..., None]
+    if a.ndim == len(wanted) + 1 and a.shape[-1] == 1:
+        return a[..., 0]
+    return a
 
 
 def _is_deep(wanted: Any) -> bool:
@@ -371,7 +386,31 @@ def _check_shapes(model: Any, arrays: Arrays) -> None:
             )
 
 
-def _check_values(name: str, a: np.ndarray) -> None:
+def _check_values(model: Any, arrays: Arrays) -> None:
+    names = _names(model, len(arrays))
+    dtypes = [t.dtype for t in getattr(model, "inputs", None) or ()]
+    dtypes = dtypes or [None] * len(names)
+    for name, dtype, a in zip(names, dtypes, arrays, strict=True):
+        if dtype == "string":
+            _check_strings(name, a)
+        else:
+            _check_numbers(name, a)
+
+
+def _check_strings(name: str, a: np.ndarray) -> None:
+    if a.dtype.kind == "O":
+        other = {type(v).__name__ for v in a.flat if not isinstance(v, (str, bytes))}
+    else:
+        other = set() if a.dtype.kind in "SU" else {str(a.dtype)}
+    if other:
+        raise KerasNormError(
+            f"the data for {name!r} holds no strings",
+            got=", ".join(sorted(other)),
+            expected="an array of strings",
+        )
+
+
+def _check_numbers(name: str, a: np.ndarray) -> None:
     if a.dtype.kind in "iub":
         return
     try:

@@ -236,7 +236,9 @@ def checked_views(
     if not views:
         return ()
     two = inputs.spread(reading.fixed_batch(model) or 2)
-    x = tree.map_structure(ops.convert_to_tensor, two.pack(two.arrays))
+    x = tree.map_structure(
+        lambda a: ops.convert_to_tensor(_fed(a)), two.pack(two.arrays)
+    )
     for view in views:
         given = view(x) if callable(view) else None
         shapes = [
@@ -280,8 +282,8 @@ def _traces(pupil: Pupil, inputs: Any) -> bool:
     Not within the loop of a recurrent layer or of `TimeDistributed`.
     """
     size = reading.fixed_batch(pupil.teacher)
-    specs = tree.map_structure(
-        lambda a: keras.KerasTensor((size, *a.shape[1:]), a.dtype), tuple(inputs)
+    specs = tuple(
+        keras.KerasTensor((size, *a.shape[1:]), _fed(a[:1]).dtype) for a in inputs
     )
     try:
         keras.Operation.compute_output_spec(pupil, specs)
@@ -302,10 +304,19 @@ def _streamed(
     `failures`: TensorFlow reads it in a graph, and raises an error of its own."""
     try:
         for flat in stream.shuffled(size, seed, memory):
-            yield tuple(flat), np.zeros(size, "float32")  # Keras wants a target
+            yield (
+                tuple(map(_fed, flat)),
+                np.zeros(size, "float32"),
+            )  # Keras wants a target
     except KerasNormError as error:
         failures.append(error)
         raise
+
+
+def _fed(a: np.ndarray) -> Any:
+    """An array as Keras's trainers take it: strings, of which NumPy has many kinds, as
+    tensors."""
+    return ops.convert_to_tensor(a, "string") if a.dtype.kind in "OSU" else a
 
 
 class _Batches(keras.utils.PyDataset):
@@ -327,7 +338,7 @@ class _Batches(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         rows = np.arange(index * self.size, (index + 1) * self.size)
         rows = np.take(self.order, rows, mode="wrap")
-        x = tuple(a[rows] for a in self.inputs.arrays)
+        x = tuple(_fed(a[rows]) for a in self.inputs.arrays)
         return x, np.zeros(len(rows), "float32")  # Keras wants a target
 
     def on_epoch_end(self) -> None:

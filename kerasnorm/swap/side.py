@@ -61,7 +61,8 @@ class Side:
 def size_of(x: Any) -> int:
     """Bytes that the values of one variable take."""
     dtype = keras.backend.standardize_dtype(x.dtype)
-    size = 1 if dtype == "bool" else int("".join(c for c in dtype if c.isdigit())) // 8
+    size = {"bool": 1, "string": 16}.get(dtype)  # as TensorFlow holds short ones
+    size = size or int("".join(c for c in dtype if c.isdigit())) // 8
     return int(np.prod([d or 1 for d in x.shape])) * size
 
 

@@ -24,6 +24,7 @@ from kerasnorm import numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.kernels import Kernel, kernels_of
 from kerasnorm.method import Case, Refusal
+from rewriters.exchange import own_functions
 
 
 Tensor = Any
@@ -304,7 +305,9 @@ def centred(v: Tensor) -> Tensor:
 
 def copy(layer: Any, **changes: Any) -> Any:
     """A fresh layer of the same class and arguments, some of them changed."""
-    return type(layer).from_config({**layer.get_config(), **changes})
+    config = layer.get_config()
+    config |= own_functions(layer, config) | changes
+    return type(layer).from_config(config)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from kerasnorm.errors import KerasNormError
 from kerasnorm.kernels import Kernel, kernel_of, kernels_of
 from kerasnorm.method import Adoption, Edit, Fidelity, Options, Reason, Refusal
 from kerasnorm.reparametrized import Reparametrized, copy
+from rewriters.exchange import deserialize
 
 
 # What is left of a kernel that float32 can hold, with room for long sums.
@@ -43,7 +44,7 @@ def rules(cls: type[Reparametrized]) -> dict[str, Any]:
         layer, kernel = found.site.layer, found.kernel
         serialized = keras.saving.serialize_keras_object(layer)
         serialized = kernel.with_bias(serialized, inputs=not found.after)
-        plain = keras.saving.deserialize_keras_object(_unbuilt(serialized))
+        plain = deserialize(_unbuilt(serialized), layer)
         wrapped = _make(cls, layer, plain, options)
         if isinstance(wrapped, Refusal):
             return wrapped

@@ -25,6 +25,7 @@ from rewriters.exchange import (
     Exchange,
     build_like,
     construct,
+    own_functions,
     put_when_there,
     remember,
 )
@@ -176,7 +177,7 @@ class _Copier:
         except NotImplementedError:
             return self._replica(layer)
         if type(layer).__module__.startswith("keras."):
-            config = {**config, **_own_functions(layer, config)}
+            config = {**config, **own_functions(layer, config)}
         try:
             with keras.saving.custom_object_scope(self.classes):
                 new = construct(type(layer), config)
@@ -381,17 +382,6 @@ def accepted(
             expected="a layer whose `call` takes them",
         )
     return kept
-
-
-def _own_functions(layer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Activations not of Keras: a config has their names, which Keras may use too."""
-    keys = [k for k in ("activation", "recurrent_activation") if k in config]
-    found = {k: getattr(layer, k, None) for k in keys}
-    return {
-        k: f
-        for k, f in found.items()
-        if isinstance(f, types.FunctionType) and not f.__module__.startswith("keras.")
-    }
 
 
 def _same_names(old: Any, new: Any) -> None:

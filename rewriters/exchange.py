@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,39 @@ def construct(cls: type, config: dict[str, Any]) -> Any:
         if len(known) == len(config):
             raise
         return cls(**known)
+
+
+def deserialize(config: Any, source: Any) -> Any:
+    """An object from its config, which stays as it is. Functions without a name, which
+    Keras does not read back, are those that `source`, a layer it was made of, has as
+    the same argument."""
+    functions: dict[str, Any] = {}
+
+    def named(value: Any, argument: str = "") -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(named, value))
+        if not isinstance(value, dict):
+            return value
+        held = getattr(source, argument, None)
+        if getattr(held, "__name__", "") != "<lambda>":
+            return {k: named(v, str(k)) for k, v in value.items()}
+        functions[name := f"<{argument}>"] = held
+        known = {"module": "builtins", "registered_name": name}
+        return {**known, "class_name": "function", "config": name}
+
+    # Given so they add to the scope of the caller; one of our own would replace it.
+    return keras.saving.deserialize_keras_object(named(config), functions)
+
+
+def own_functions(layer: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are functions not of Keras: a config has their names, if they
+    have any, which Keras may use too."""
+    found = {k: getattr(layer, k, None) for k in config}
+    return {
+        k: f
+        for k, f in found.items()
+        if isinstance(f, types.FunctionType) and not f.__module__.startswith("keras.")
+    }
 
 
 @dataclass(frozen=True, eq=False)

@@ -272,19 +272,25 @@ def twice(x):
     return 2 * x
 
 
-def test_functions_of_the_model_in_a_layer_that_is_made_anew():
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+@pytest.mark.parametrize("function", [twice, lambda x: 2 * x], ids=["named", "lambda"])
+def test_functions_of_the_model_in_a_layer_that_is_made_anew(function):
     """They are neither registered nor given: the model holds them."""
+    start = lambda shape, dtype: keras.ops.ones(shape, dtype)  # noqa: E731
+    penalty = lambda w: keras.ops.sum(w * w)  # noqa: E731
     model = keras.Sequential(
         [
             keras.Input((3,)),
-            layers.Dense(4, activation=twice, kernel_initializer="ones"),
-            layers.BatchNormalization(name="bn"),
-            layers.Dense(4, activation=twice),
+            layers.Dense(4, activation=function, kernel_initializer=start),
+            layers.BatchNormalization(name="bn", gamma_regularizer=penalty),
+            layers.Dense(4, activation=function, kernel_regularizer=penalty),
         ]
     )
-    for method in ("none", "wn"):
-        new = kerasnorm.rewrite(model, method)
+    for how in ({"method": "none"}, {"method": "wn"}, {"weights": "wn"}):
+        new = kerasnorm.rewrite(model, **how)
         assert rewriters.compare(model, new).relative < 1e-5
+    new = kerasnorm.rewrite(model, "ln")
+    assert new.get_layer("bn").gamma_regularizer is penalty
 
 
 def test_an_exact_step_that_overflows_is_an_error():

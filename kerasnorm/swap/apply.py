@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 import time
@@ -22,6 +21,7 @@ from kerasnorm.swap.report import Report
 from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
 from rewriters.edit import Edited, custom_objects_of, edit
 from rewriters.errors import reason
+from rewriters.exchange import deserialize
 from rewriters.graph import Site, SiteMap
 from rewriters.saving import check_target, save
 from rewriters.transfer import own_variables, paired_layers
@@ -171,7 +171,11 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
                 expected=step.source,
             )
     with keras.saving.custom_object_scope(custom_objects_of(site_map)):
-        layers = {e.path: _made(e) for s in plan.steps for e in s.edits}
+        layers = {
+            e.path: _made(e, site_map[e.path].layer)
+            for s in plan.steps
+            for e in s.edits
+        }
     drops = {e.path: e.drops for s in plan.steps for e in s.edits}
 
     def carry_all(edited: Edited) -> None:
@@ -194,13 +198,10 @@ def apply(model: Any, plan: Plan, *, site_map: SiteMap | None = None) -> Edited:
     return edited
 
 
-def _made(edit: Edit) -> Any:
-    """The layer of an edit, None where there is none."""
+def _made(edit: Edit, old: Any) -> Any:
+    """The layer of an edit in place of the old one, None where there is none."""
     try:
-        # A copy: layers take their configs apart.
-        return edit.layer and keras.saving.deserialize_keras_object(
-            copy.deepcopy(edit.layer)
-        )
+        return edit.layer and deserialize(edit.layer, old)
     except (TypeError, ValueError) as error:
         raise KerasNormError(
             f"the layer at {edit.path!r} cannot be made",

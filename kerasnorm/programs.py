@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from kerasnorm import compilation
+from rewriters.program import fixed_batch
 from rewriters.transfer import innermost
 
 
@@ -165,7 +166,11 @@ class Compiled:
         self.jit = compilation.compiles(*models, wanted=jit)
         self.asked = jit is True or compilation.mode() is True
         self.traces = 0
-        self.fixed = self.jit or keras.backend.backend() == "jax"
+        self.fixed = (
+            self.jit
+            or keras.backend.backend() == "jax"
+            or any(fixed_batch(model) for model in models)
+        )
         self._compiled: dict[Any, Callable] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -182,7 +187,7 @@ class Compiled:
 
         args = tf.nest.map_structure(tf.convert_to_tensor, args)
         flat = tf.nest.flatten(args)
-        batch = (lambda t: t.shape[:1]) if self.jit else (lambda t: [None])
+        batch = (lambda t: t.shape[:1]) if self.fixed else (lambda t: [None])
         specs = [
             tf.TensorSpec([*batch(t), *t.shape[1:]] if t.shape.rank else [], t.dtype)
             for t in flat

@@ -33,6 +33,13 @@ def is_graph(layer: Any) -> bool:
     )
 
 
+def fixed_batch(model: Any) -> int | None:
+    """The number of samples that a model always takes at once; None where any will
+    do."""
+    sizes = {t.shape[0] for t in getattr(model, "inputs", None) or ()} - {None}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 def maker_of(model: Any, k: int) -> Any:
     """The operation that makes an output, in whatever models lie within; one whose
     computation is no recorded graph stands for what it does."""

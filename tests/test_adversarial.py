@@ -847,3 +847,37 @@ def test_sources_that_cannot_be_evaluated_say_so(line):
         adversarial.evaluate(model, iter(uneven), eps=0.1)
     named = adversarial.evaluate(model, x, {"z": y}, ["fgsm"], eps=0.01)
     assert named.robust == adversarial.evaluate(model, x, y, ["fgsm"], eps=0.01).robust
+
+
+def of_one_size(model, size):
+    """The same layers for batches of one size."""
+    inputs = keras.Input(batch_shape=(size, *model.input_shape[1:]))
+    return keras.Model(inputs, model(inputs))
+
+
+@pytest.mark.parametrize("attack", ["pgd", "apgd-t", "fab-t", "deepfool", "square"])
+def test_a_model_that_takes_batches_of_one_size(attack, line):
+    model, _, _, x, y = line
+    settings = {"eps": 0.01, "bounds": None}
+    free = adversarial.evaluate(model, x, y, attack, **settings, batch_size=8)
+    held = adversarial.evaluate(of_one_size(model, 8), x, y, attack, **settings)
+    assert len(x) % 8
+    np.testing.assert_array_equal(held.predicted, free.predicted)
+    np.testing.assert_allclose(held.distance, free.distance, rtol=1e-4)
+
+
+def test_a_stateful_model_is_left_as_it_is(rng):
+    x, y = rng.uniform(size=(10, 4, 1)).astype("float32"), np.arange(10) % 2
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(4, 4, 1)),
+            keras.layers.LSTM(3, stateful=True),
+            keras.layers.Dense(2),
+        ]
+    )
+    model.predict(x[:4], batch_size=4, verbose=0)
+    before = [ops.convert_to_numpy(v) for v in model.variables]
+    result = adversarial.evaluate(model, x, y, "pgd", eps=0.2)
+    assert len(result.predicted) == 10
+    for old, new in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(new), old)

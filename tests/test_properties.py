@@ -419,6 +419,21 @@ def test_subclassed_model(rng):
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_model_that_takes_batches_of_one_size(rng):
+    x = gaussian(rng, 21, 8)
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, layers.BatchNormalization()(layers.Dense(6)(inputs)))
+    same = keras.Input(batch_shape=(5, 8))
+    held = measure(keras.Model(same, model(same)), x)
+    free = measure(model, x, batch_size=5)
+    assert held.batch_size == 5 and held.samples == 20
+    for a, b in zip(held.sites, free.sites, strict=True):
+        for name in ("variance", "cosine", "dependence"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5)
+    with pytest.raises(KerasNormError, match="fill no batch"):
+        measure(keras.Model(same, model(same)), x[:4])
+
+
 def test_nested_graph_and_subclass_agree(rng):
     """The same layers in a graph, nested and in a class are measured the same."""
     inner = keras.Sequential(

@@ -95,7 +95,8 @@ class Evaluator:
             standardization; radius and bounds are meant in front of it.
         attacked: the input that is moved, by place, name or key, where there are
             several.
-        batch_size: points attacked at a time; 128 by default.
+        batch_size: points attacked at a time; 128 by default, and what the model takes
+            where it takes batches of one size.
         seed: of all random numbers, 32 bits; the same seed gives the same result.
         alone: each attack is tried on every point that is classified correctly, rather
             than on those that still stand; slower, and comparable between attacks.
@@ -136,6 +137,7 @@ class Evaluator:
             attacked=attacked,
             replaced=replaced,
         )
+        self.batch_size = self.victim.fixed_batch or self.batch_size
         self._runners: dict[Any, Runner] = {}
         self._forward: Any = None
         self._streams = False
@@ -306,7 +308,8 @@ class Evaluator:
 
     def _runner(self, attack: Attack, bounds: tuple[Any, Any], n: int) -> Runner:
         # What is left at the end of a source goes through the same program.
-        size = self.batch_size if self._streams else min(self.batch_size, n)
+        whole = self._streams or self.victim.fixed_batch
+        size = self.batch_size if whole else min(self.batch_size, n)
         key = (attack, size, *(np.asarray(b).tobytes() for b in bounds))
         if key not in self._runners:
             self._runners[key] = Runner(

@@ -13,7 +13,7 @@ from keras import ops, tree
 from kerasnorm.errors import KerasNormError
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap.data import fits, keys_of
-from rewriters.program import is_graph
+from rewriters.program import fixed_batch, is_graph
 
 
 Tensor = Any
@@ -71,6 +71,11 @@ class Victim:
     def classes(self) -> int:
         """How many classes it tells apart."""
         return max(self.units, 2)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """How many samples the model always takes at once; None where any will do."""
+        return fixed_batch(self.model)
 
     def variables(self) -> list[tuple[Any, Any]]:
         """All variables it may read, each with the one that is read in its place."""
@@ -162,7 +167,8 @@ class Victim:
         _check_floating(wanted)
 
     def _read_outputs(self, x: np.ndarray, others: Sequence[np.ndarray]) -> None:
-        rows = [ops.convert_to_tensor(a[:2]) for a in (x, *others)]
+        size = np.arange(self.fixed_batch or min(2, len(x))) % len(x)
+        rows = [ops.convert_to_tensor(a[size]) for a in (x, *others)]
         built = self.model.built
         try:
             with keras.StatelessScope() if built else contextlib.nullcontext():

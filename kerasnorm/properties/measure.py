@@ -19,6 +19,7 @@ from kerasnorm.properties.measurement import Measurement, Site
 from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap import data as reading
+from rewriters.program import fixed_batch
 from rewriters.tracing import watching
 
 
@@ -67,7 +68,8 @@ class Measurer:
             name. Without, gradients start in random directions of the outputs instead
             of at a loss.
         batch_size: samples that pass together, which batch statistics are of; fewer
-            where `memory` asks for it. A rest that fills no batch is left out.
+            where `memory` asks for it, and as many as the model takes where it takes
+            batches of one size. A rest that fills no batch is left out.
         loss: as `compile` takes it; the compiled one by default, or one that suits the
             labels.
         loss_weights: as `compile` takes them; beside the compiled loss its own.
@@ -103,9 +105,16 @@ class Measurer:
         self.notes: list[str] = []
         self.model, self.training, self.rate = model, training, learning_rate
         self.inputs, self.labels = inputs, labels
-        self.batch = min(batch_size, len(inputs))
+        fixed = fixed_batch(model)
+        if fixed is not None and fixed > len(inputs):
+            raise KerasNormError(
+                "the data fill no batch of the model",
+                got=f"{len(inputs)} samples",
+                expected=f"at least {fixed}, which it takes at once",
+            )
+        self.batch = fixed or min(batch_size, len(inputs))
         fits = max(1, int(memory // (2 * _bytes(model, inputs))))
-        if fits < self.batch:
+        if fits < self.batch and fixed is None:
             self.notes.append(
                 f"batches of {fits} instead of {self.batch} to stay below "
                 f"{memory / 1e9:.2g} GB"
@@ -248,7 +257,7 @@ def _bytes(model: Any, inputs: reading.Inputs) -> int:
         for operation in graph.operations:
             for node in getattr(operation, "_inbound_nodes", ()):
                 for t in node.output_tensors:
-                    sizes.append(4 * int(np.prod([s or 1 for s in t.shape])))
+                    sizes.append(4 * int(np.prod([s or 1 for s in t.shape[1:]])))
         return sum(sizes)
     leaves = [x for x in model._flatten_layers(include_self=False) if not x._layers]
     with keras.StatelessScope(), watching(leaves, note, result=True):

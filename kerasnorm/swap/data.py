@@ -201,13 +201,6 @@ def batches_of(data: Any) -> Iterator[Any] | None:
     )
 
 
-def fixed_batch(model: Any) -> int | None:
-    """The number of samples that a model always takes at once; None where any will
-    do."""
-    sizes = {t.shape[0] for t in getattr(model, "inputs", None) or ()} - {None}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def batch_count(data: Any) -> float | None:
     """How many batches a source says it has; None where it does not say."""
     if isinstance(data, keras.utils.PyDataset):

@@ -15,7 +15,7 @@ from kerasnorm.errors import KerasNormError
 from kerasnorm.programs import Compiled
 from kerasnorm.swap import data as reading
 from kerasnorm.swap.muon import Muon
-from rewriters.program import maker_of
+from rewriters.program import fixed_batch, maker_of
 from rewriters.tracing import watching
 
 
@@ -235,7 +235,7 @@ def checked_views(
     views = tuple(views) if several else () if views is None else (views,)
     if not views:
         return ()
-    two = inputs.spread(reading.fixed_batch(model) or 2)
+    two = inputs.spread(fixed_batch(model) or 2)
     x = tree.map_structure(
         lambda a: ops.convert_to_tensor(_fed(a)), two.pack(two.arrays)
     )
@@ -270,7 +270,7 @@ def _outputs(model: Any, inputs: reading.Inputs) -> list[np.ndarray]:
         [(v, v) for v in model.variables],
         [model],
     )
-    batches = _Batches(inputs, reading.fixed_batch(model) or 64, 0)
+    batches = _Batches(inputs, fixed_batch(model) or 64, 0)
     parts = [run(batches[k][0]) for k in range(len(batches))]
     flat = zip(*parts, strict=True)
     return [np.concatenate([ops.convert_to_numpy(v) for v in part]) for part in flat]
@@ -281,7 +281,7 @@ def _traces(pupil: Pupil, inputs: Any) -> bool:
 
     Not within the loop of a recurrent layer or of `TimeDistributed`.
     """
-    size = reading.fixed_batch(pupil.teacher)
+    size = fixed_batch(pupil.teacher)
     specs = tuple(
         keras.KerasTensor((size, *a.shape[1:]), _fed(a[:1]).dtype) for a in inputs
     )

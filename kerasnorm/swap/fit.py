@@ -21,6 +21,7 @@ from kerasnorm.swap import data as reading
 from kerasnorm.swap.distill import checked_views, distill
 from kerasnorm.swap.progress import Progress
 from kerasnorm.swap.walk import SiteFit, Walk
+from rewriters.program import fixed_batch
 
 
 # Samples that the closed-form part of each fit uses, at most.
@@ -126,7 +127,7 @@ def fit(
         }
     )
     inputs = prepare(teacher, data, method, samples=samples, memory=memory)
-    batch_size = reading.fixed_batch(teacher) or batch_size
+    batch_size = fixed_batch(teacher) or batch_size
     views = checked_views(teacher, inputs, views)
     history, notes = {}, []
     with Progress(verbose) as progress:
@@ -250,7 +251,7 @@ def prepare(
     wanted = SAMPLES[method] if samples is None else count("samples", samples)
     limit = None if method == "distill" else wanted
     inputs = reading.collect(model, data, limit, memory / 4)
-    fixed = reading.fixed_batch(model)
+    fixed = fixed_batch(model)
     if fixed is not None and min(len(inputs), wanted) < fixed:
         raise KerasNormError(
             "there are fewer samples than the model takes at once",

@@ -22,7 +22,7 @@ from kerasnorm.swap.rows import (
     numpy_of,
 )
 from kerasnorm.swap.side import Opaque, Side, largest, size_of, twins
-from rewriters.program import Instruction, Program, Value, is_graph
+from rewriters.program import Instruction, Program, Value, fixed_batch, is_graph
 from rewriters.tracing import watching
 
 
@@ -116,7 +116,7 @@ class Walk:
                 order = np.random.default_rng(seed).permutation(len(inputs))
                 arrays = [a[order] for a in arrays]
             part = min(max(1, part), PART)
-            fixed = reading.fixed_batch(teacher)
+            fixed = fixed_batch(teacher)
             if fixed is not None:
                 part = fixed
                 arrays = [a[: len(a) // fixed * fixed] for a in arrays]

@@ -39,7 +39,8 @@ test-ci: $(READY)  ## those of many seconds each, which CI runs as well
 
 # Compiling every operation of every shape makes JAX slow to test; these are what
 # differs between backends. `make test-jax JAX_TESTS=tests` runs everything.
-JAX_TESTS ?= $(addprefix tests/test_, rewriters.py methods.py formats.py accelerators.py)
+JAX_TESTS ?= $(addprefix tests/test_, \
+	rewriters.py methods.py formats.py accelerators.py per_example.py)
 
 test-jax: $(READY)  ## the tests that depend on the backend, on JAX
 	KERAS_BACKEND=jax $(PYTEST) -m "not slow" $(JAX_TESTS)

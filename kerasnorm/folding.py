@@ -70,13 +70,12 @@ def find(source, site) -> Fold | Refusal:
         return Refusal(Reason.NO_GRAPH, f"{site.path} is not built")
     if site.shared:
         return Refusal(Reason.SHARED, f"{site.path} is called or held more than once")
-    if not site.calls or (site.inner and not site.placed):
+    if site.inner and not site.placed:
         return Refusal(
-            Reason.NO_GRAPH,
-            "its owner's code decides what reads the layers around it"
-            if site.inner
-            else "the layers around it are not known",
+            Reason.NO_GRAPH, "its owner's code decides what reads the layers around it"
         )
+    if not site.calls:
+        return Refusal(Reason.NO_GRAPH, "the layers around it are not known")
     before = _side(source, site, after=True)
     if isinstance(before, Fold):
         return before

@@ -167,7 +167,11 @@ def _by_operation(program: Program | None) -> dict[int, list[Instruction]]:
 
 
 def _distinct(calls: list[Call]) -> list[Call]:
-    return [c for k, c in enumerate(calls) if c not in calls[:k]]
+    found: list[Call] = []
+    for call in calls:
+        if call not in found:
+            found.append(call)
+    return found
 
 
 def selects(where: str | Callable[[Site], bool] | None, site: Site) -> bool:

@@ -3,6 +3,8 @@ all of a batch at once (`jacobian`, `vmap`) as one after the other."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -29,21 +31,13 @@ def of_samples():
             yield pytest.param(method, case, id=f"{method.name}-{shape}", marks=marks)
 
 
-def called(layer, weights, x):
-    """The layer's output in training, with other trainable weights."""
-    others = [v.value for v in layer.non_trainable_variables]
-    kwargs = {"training": True} if layer._call_has_training_arg else {}
-    return layer.stateless_call(list(weights), others, x, **kwargs)[0]
-
-
-def at_once(loss, layer, x):
+def at_once(loss, weights, x):
     """Gradients of every example's loss, `(examples, ...)` for each weight."""
-    weights = [v.value for v in layer.trainable_variables]
     if keras.backend.backend() == "jax":
         import jax
 
         def of_one(weights, x):
-            return loss(called(layer, weights, x[None]))[0]
+            return loss(x[None], *weights)[0]
 
         return jax.vmap(jax.grad(of_one), (None, 0))(weights, x)
     import tensorflow as tf
@@ -51,41 +45,42 @@ def at_once(loss, layer, x):
     @tf.function
     def run(x):
         with tf.GradientTape() as tape:
-            losses = loss(called(layer, weights, x))
+            losses = loss(x, *weights)
         return tape.jacobian(losses, weights, unconnected_gradients="zero")
 
     return run(x)
 
 
-def one_by_one(loss, layer, x):
-    weights = [v.value for v in layer.trainable_variables]
-    found = []
-    for k in range(EXAMPLES):
-
-        def of_one(*weights, one=x[k : k + 1]):
-            return loss(called(layer, weights, one))
-
-        found.append(backend.vjp(of_one, weights, ops.ones((1,)))[1])
+def one_by_one(loss, weights, x):
+    found = [
+        backend.vjp(partial(loss, x[k : k + 1]), weights, ops.ones((1,)))[1]
+        for k in range(EXAMPLES)
+    ]
     return [ops.stack(parts) for parts in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize(("method", "case"), list(of_samples()))
 def test_all_at_once(method, case):
-    layer = Subject(method, case).layer()
-    if not layer.trainable_variables:
-        return
+    subject = Subject(method, case)
+    layer = subject.layer()
+    weights = [v.value for v in layer.trainable_variables]
+    if not weights:
+        pytest.skip("no weights to take a gradient of")
     shape = (EXAMPLES, *case.shape[1:])
     x = np.random.default_rng(0).normal(0.7, 2.0, shape).astype("float32")
     x = ops.convert_to_tensor(x)
     direction = np.random.default_rng(1).normal(size=layer(x).shape)
     direction = ops.convert_to_tensor(direction.astype("float32"))[:1]
 
-    def loss(y):
+    run = subject.call(layer, training=True, mask=False)
+
+    def loss(x, *weights):
+        y = run(x, *weights)
         axes = tuple(range(1, len(y.shape)))
         return ops.sum(ops.sin(y) * direction, axes)
 
-    wanted = one_by_one(loss, layer, x)
-    for got, expected in zip(at_once(loss, layer, x), wanted, strict=True):
+    wanted = one_by_one(loss, weights, x)
+    for got, expected in zip(at_once(loss, weights, x), wanted, strict=True):
         expected = ops.convert_to_numpy(expected)
         scale = np.abs(expected).max() + 1e-6
         np.testing.assert_allclose(

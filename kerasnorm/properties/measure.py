@@ -19,7 +19,6 @@ from kerasnorm.properties.measurement import Measurement, Site
 from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap import data as reading
-from rewriters.program import fixed_batch
 from rewriters.tracing import watching
 
 
@@ -105,13 +104,7 @@ class Measurer:
         self.notes: list[str] = []
         self.model, self.training, self.rate = model, training, learning_rate
         self.inputs, self.labels = inputs, labels
-        fixed = fixed_batch(model)
-        if fixed is not None and fixed > len(inputs):
-            raise KerasNormError(
-                "the data fill no batch of the model",
-                got=f"{len(inputs)} samples",
-                expected=f"at least {fixed}, which it takes at once",
-            )
+        fixed = reading.whole_batch(model, len(inputs))
         self.batch = fixed or min(batch_size, len(inputs))
         fits = max(1, int(memory // (2 * _bytes(model, inputs))))
         if fits < self.batch and fixed is None:

@@ -13,6 +13,7 @@ import numpy as np
 from keras import tree
 
 from kerasnorm.errors import KerasNormError
+from rewriters.program import fixed_batch
 
 
 Arrays = list[np.ndarray]
@@ -199,6 +200,22 @@ def batches_of(data: Any) -> Iterator[Any] | None:
         got=type(data).__name__,
         expected="arrays, a tf.data.Dataset, a PyDataset or an iterable of batches",
     )
+
+
+def whole_batch(model: Any, samples: int) -> int | None:
+    """`fixed_batch`, of which the samples must fill one.
+
+    Raises:
+        KerasNormError: they do not.
+    """
+    fixed = fixed_batch(model)
+    if fixed is not None and samples < fixed:
+        raise KerasNormError(
+            "there are fewer samples than the model takes at once",
+            got=f"{samples} samples, which fill no batch of {fixed}",
+            expected=f"at least {fixed}",
+        )
+    return fixed
 
 
 def batch_count(data: Any) -> float | None:

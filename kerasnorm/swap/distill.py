@@ -304,10 +304,8 @@ def _streamed(
     `failures`: TensorFlow reads it in a graph, and raises an error of its own."""
     try:
         for flat in stream.shuffled(size, seed, memory):
-            yield (
-                tuple(map(_fed, flat)),
-                np.zeros(size, "float32"),
-            )  # Keras wants a target
+            target = np.zeros(size, "float32")  # Keras wants one
+            yield tuple(map(_fed, flat)), target
     except KerasNormError as error:
         failures.append(error)
         raise

@@ -251,11 +251,5 @@ def prepare(
     wanted = SAMPLES[method] if samples is None else count("samples", samples)
     limit = None if method == "distill" else wanted
     inputs = reading.collect(model, data, limit, memory / 4)
-    fixed = fixed_batch(model)
-    if fixed is not None and min(len(inputs), wanted) < fixed:
-        raise KerasNormError(
-            "there are fewer samples than the model takes at once",
-            got=f"{min(len(inputs), wanted)} samples for batches of {fixed}",
-            expected=f"at least {fixed}",
-        )
+    reading.whole_batch(model, min(len(inputs), wanted))
     return inputs

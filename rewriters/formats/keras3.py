@@ -18,6 +18,7 @@ from keras.src.utils.dtype_utils import dtype_size
 from rewriters.errors import RewriteError, reason
 from rewriters.formats import hdf5
 from rewriters.formats.build import deferred, discard, makes_variables_of_values
+from rewriters.formats.earlier import by_keras, entries, translate
 from rewriters.formats.modernize import check_names, problems
 from rewriters.formats.saved import Saved
 
@@ -27,9 +28,6 @@ _PLAIN = frozenset(
     "__tensor__ __numpy__ __bytes__ __ellipsis__ __slice__ __typespec__ "
     "__keras_tensor__ __tuple__ TensorShape".split()
 )
-
-# What earlier Keras 3 wrote of a layer and no longer takes; nothing depended on it.
-_DROPPED = {"RandomRotation": ("value_range",)}
 
 
 def load(
@@ -48,7 +46,7 @@ def load(
     """
     given = dict(custom_objects)
     _check_config(saved.config, given, lambdas, safe_mode)
-    changed = _drop(saved.config) or bool(lambdas)
+    changed = translate(saved.config, saved.version) or bool(lambdas)
     _check_size(saved, given, safe_mode)
     with _archive(path, saved.config, changed) as checked:
         arguments = {"custom_objects": given, "safe_mode": safe_mode}
@@ -75,7 +73,7 @@ def _check_config(
     missing: dict[str, str] = {}
     refused: list[str] = []
     found: list[str] = []
-    for entry in _entries({k: v for k, v in config.items() if k != "compile_config"}):
+    for entry in entries({k: v for k, v in config.items() if k != "compile_config"}):
         kind, inner = entry["class_name"], entry["config"]
         if kind == "Lambda" and isinstance(inner, dict) and "function" in inner:
             name = str(inner.get("name"))
@@ -97,29 +95,13 @@ def _check_config(
         known = any(n in custom_objects for n in names) or any(
             keras.saving.get_registered_object(n) for n in names if n
         )
-        if known or _by_keras(entry):
+        if known or by_keras(entry):
             continue
         missing[label] = kind if kind != "function" else str(inner)
     check_names(lambdas, found)
     error = problems(missing=missing, refused=refused)
     if error:
         raise error
-
-
-def _drop(config: dict[str, Any]) -> bool:
-    """Takes out what Keras's layers now refuse, and says whether there was any."""
-    dropped = [
-        entry["config"].pop(key)
-        for entry in _entries(config)
-        if _by_keras(entry)
-        for key in _DROPPED.get(entry["class_name"], ())
-        if key in entry["config"]
-    ]
-    return bool(dropped)
-
-
-def _by_keras(entry: dict[str, Any]) -> bool:
-    return str(entry.get("module")).split(".", 1)[0] in ("keras", "builtins")
 
 
 def _reference(name: str) -> dict[str, Any]:
@@ -130,18 +112,6 @@ def _reference(name: str) -> dict[str, Any]:
         "config": key,
         "registered_name": key,
     }
-
-
-def _entries(value: Any) -> Iterator[dict[str, Any]]:
-    todo = [value]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("class_name"), str) and "config" in value:
-                yield value
-            todo += reversed(value.values())
-        elif isinstance(value, list):
-            todo += reversed(value)
 
 
 def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -> None:

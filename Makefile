@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test test-ci test-jax slow bench lint format types docs check-docs wheel clean
+.PHONY: help demo test test-ci test-jax test-nightly slow bench lint format types docs check-docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,12 @@ JAX_TESTS ?= $(addprefix tests/test_, \
 
 test-jax: $(READY)  ## the tests that depend on the backend, on JAX
 	KERAS_BACKEND=jax $(PYTEST) -m "not slow" $(JAX_TESTS)
+
+# Keras of tomorrow, laid before the installed one: do the private parts still exist?
+test-nightly: $(READY)  ## the private parts and the zoo, on Keras's nightly build
+	rm -rf build/nightly
+	$(BIN)/python -m pip install --quiet --no-deps --pre --target build/nightly keras-nightly
+	PYTHONPATH=build/nightly $(PYTEST) tests/test_private.py tests/test_rewriters.py
 
 slow: $(READY)  ## the tests marked slow
 	$(PYTEST) -m slow

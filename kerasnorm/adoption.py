@@ -26,6 +26,7 @@ from kerasnorm.method import (
     Refusal,
     Source,
 )
+from rewriters import private
 
 
 if TYPE_CHECKING:
@@ -87,9 +88,7 @@ def shapes(site: Site) -> list[Shape]:
     """Input shapes of the site; what it was built with where no call is known."""
     found: list[Shape] = [tuple(call.shape) for call in site.calls]
     if not found:
-        built = (getattr(site.layer, "_build_shapes_dict", None) or {}).get(
-            "input_shape"
-        )
+        built = (private.build_shapes_dict(site.layer, None) or {}).get("input_shape")
         if built is not None:
             found = [(None, *built[1:])]
     return found
@@ -382,7 +381,7 @@ def spread(value: np.ndarray, axis: int | Sequence[int], new: Any) -> np.ndarray
 
     Repeats along axes it did not have; averages over axes that are gone.
     """
-    built = (getattr(new, "_build_shapes_dict", None) or {}).get("input_shape")
+    built = (private.build_shapes_dict(new, None) or {}).get("input_shape")
     old = [axis] if isinstance(axis, int) else list(axis)
     to = [new.axis] if isinstance(new.axis, int) else list(new.axis)
     if built is None or value.ndim != len(old):

@@ -16,6 +16,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from rewriters import private
+
 
 Tensor = Any
 
@@ -291,13 +293,12 @@ def double_precision():
         yield
         return
     import jax
-    from keras.src.backend.common import dtypes
 
     enable = getattr(jax, "enable_x64", None)
     if enable is None:
         # Where it was before it became a name of jax itself.
         enable = importlib.import_module("jax.experimental").enable_x64
-    table = dtypes.BIT64_TO_BIT32_DTYPE
+    table = private.narrowed_dtypes()
     narrowed = table["float64"]
     table["float64"] = "float64"
     try:

@@ -18,6 +18,7 @@ import numpy as np
 from keras import ops
 
 from kerasnorm import backend
+from rewriters import private
 
 
 Array = np.ndarray
@@ -113,7 +114,7 @@ def _state(layer: Any) -> tuple[list[Any], list[Any]]:
 
 def _call(layer: Any, training: bool) -> Callable:
     """The layer without side effects, its state among the arguments."""
-    kwargs = {"training": training} if layer._call_has_training_arg else {}
+    kwargs = {"training": training} if private.call_has_training_arg(layer) else {}
 
     def call(trainable, others, x):
         return layer.stateless_call(trainable, others, x, **kwargs)[0]

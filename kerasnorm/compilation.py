@@ -18,6 +18,7 @@ import keras
 
 from kerasnorm import backend
 from kerasnorm.errors import KerasNormError
+from rewriters import private
 
 
 VARIABLE = "KERASNORM_JIT"
@@ -111,7 +112,7 @@ def _refuses(model: Any) -> bool:
     """Whether a layer cannot be compiled, whatever is done about it."""
     return any(
         not layer.supports_jit and not _has_cudnn(layer)
-        for layer in model._flatten_layers()
+        for layer in private.flatten_layers(model)
     )
 
 
@@ -126,7 +127,7 @@ def tracing(models: Sequence[Any]) -> Iterator[None]:
     LSTM and GRU layers say that they refuse it because of one kernel (cuDNN's). They
     have the same computation without it, which is what is traced here.
     """
-    found = [x for m in models for x in m._flatten_layers() if _has_cudnn(x)]
+    found = [x for m in models for x in private.flatten_layers(m) if _has_cudnn(x)]
     kept = [(layer, layer.use_cudnn, layer.supports_jit) for layer in found]
     try:
         for layer in found:

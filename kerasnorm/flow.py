@@ -33,6 +33,7 @@ from kerasnorm.flow_rules import apply, is_known, probe
 from kerasnorm.method import Refusal
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.ties import Absorber, Owners, Scaled, Stop, Ties
+from rewriters import private
 from rewriters.graph import SiteMap
 from rewriters.program import Instruction, Value
 from rewriters.tracing import spec_from_build
@@ -245,7 +246,7 @@ def _held(operation: Any) -> Iterator[Any]:
     if isinstance(operation, keras.layers.TimeDistributed):
         yield from _held(operation.layer)
     elif isinstance(operation, (keras.layers.RNN, keras.layers.Bidirectional)):
-        yield from operation._flatten_layers(include_self=False)
+        yield from private.flatten_layers(operation, include_self=False)
 
 
 # ------------------------------------------------------- following custom layers
@@ -311,19 +312,25 @@ def _traced(step: Instruction, read: set[int]) -> list[Instruction]:
         return t
 
     args, kwargs = tree.map_structure(symbol, (tuple(step.args), dict(step.kwargs)))
-    if getattr(layer, "_call_has_training_arg", False):
+    if private.call_has_training_arg(layer, False):
         fixed = kwargs.get("training")
         fixed = step.training if fixed is None else fixed
         kwargs["training"] = True if fixed is None else fixed
-    layers = layer._flatten_layers()
-    before = [(x, len(x._inbound_nodes), len(x._outbound_nodes)) for x in layers]
+    layers = private.flatten_layers(layer)
+    before = [
+        (x, len(private.inbound_nodes(x)), len(private.outbound_nodes(x)))
+        for x in layers
+    ]
     try:
         with _Reads(read):
             made = tree.flatten(layer.call(*args, **kwargs))
         nodes = _nodes(made, known)
     finally:
         for inner, inbound, outbound in before:
-            del inner._inbound_nodes[inbound:], inner._outbound_nodes[outbound:]
+            del (
+                private.inbound_nodes(inner)[inbound:],
+                private.outbound_nodes(inner)[outbound:],
+            )
     wanted = {id(t): v for t, v in zip(made, step.outputs, strict=True)}
     if len(wanted) < len(made) or any(id(t) in known for t in made):
         raise ValueError("an input is passed through")
@@ -358,8 +365,8 @@ def _nodes(made: Sequence[Any], known: dict[int, Value]) -> list[Any]:
         stack = [(t, False)]
         while stack:
             t, ready = stack.pop()
-            operation, index = t._keras_history[:2]
-            node = operation._inbound_nodes[index]
+            operation, index = private.keras_history(t)[:2]
+            node = private.inbound_nodes(operation)[index]
             if ready:
                 if id(node) not in done:
                     done.add(id(node))
@@ -374,7 +381,7 @@ def _nodes(made: Sequence[Any], known: dict[int, Value]) -> list[Any]:
 
 
 def _value(t: Any) -> Value:
-    masked = getattr(t, "_keras_mask", None) is not None
+    masked = private.get_keras_mask(t) is not None
     return Value(tuple(t.shape), keras.backend.standardize_dtype(t.dtype), masked)
 
 

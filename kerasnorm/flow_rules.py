@@ -22,6 +22,7 @@ from kerasnorm.method import Refusal, Source, get, read
 from kerasnorm.moving_statistics import is_running
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.ties import Absorber, Owners, Scaled, Stop, Ties
+from rewriters import private
 from rewriters.program import Instruction, Value
 
 
@@ -123,7 +124,7 @@ def _rule(operation: Any) -> Rule | None:
                 return _LAYERS[cls] if type(operation).call is cls.call else None
         return None
     name = type(operation).__name__
-    if type(operation).__module__.startswith("keras.src.ops."):
+    if private.is_operation_of_keras(operation):
         if name in _OPS:
             return _OPS[name]
         if name.lower() in _NONLINEAR:

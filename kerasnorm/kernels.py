@@ -17,6 +17,7 @@ import keras
 import numpy as np
 
 from kerasnorm.method import Reason, Refusal
+from rewriters import private
 
 
 _L = keras.layers
@@ -281,7 +282,7 @@ def kernels_of(layer: Any) -> list[Kernel] | Refusal:
             label = name.removesuffix("kernel")
             found.append(Kernel(layer, name, last, last, label=label))
         return found
-    for child in layer._flatten_layers(include_self=False, recursive=False):
+    for child in private.flatten_layers(layer, include_self=False, recursive=False):
         inner = kernels_of(child)
         if isinstance(inner, Refusal):
             return inner

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from kerasnorm import compilation
+from rewriters import private
 from rewriters.program import fixed_batch
 from rewriters.transfer import innermost
 
@@ -92,7 +93,7 @@ def watched_gradients(
             ):
                 tape.watch(tensors)
                 loss, more = f(tensors, constants)
-            sources = [*tensors, *(v._value for v in variables)]
+            sources = [*tensors, *(private.value(v) for v in variables)]
             found = tape.gradient(
                 loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
             )
@@ -278,15 +279,20 @@ def train_step(
         with tf.GradientTape() as tape:
             tape.watch(x)
             y_pred = model(x, training=True)
-            loss = model._compute_loss(
-                x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+            loss = private.compute_loss(
+                model,
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                training=True,
             )
             unscaled = loss
             strategy = tf.distribute.get_strategy()
             if strategy.num_replicas_in_sync > 1:
                 unscaled = loss * strategy.num_replicas_in_sync
             rows: Any = tf.shape(x)
-            model._loss_tracker.update_state(unscaled, sample_weight=rows[0])
+            private.loss_tracker(model).update_state(unscaled, sample_weight=rows[0])
             loss = model.optimizer.scale_loss(loss)
         weights = model.trainable_weights
         *gradients, at_x = tape.gradient(loss, [*weights, x])
@@ -313,8 +319,8 @@ def train_step(
     trainable, optimizer = model.optimizer.stateless_apply(
         optimizer, gradients, trainable
     )
-    logs, metrics = model._update_metrics_variables(
-        metrics, loss, x, y, y_pred, sample_weight
+    logs, metrics = private.update_metrics_variables(
+        model, metrics, loss, x, y, y_pred, sample_weight
     )
     return logs, [(trainable, fixed, optimizer, metrics)], at_x
 
@@ -325,14 +331,10 @@ def one_of(optimizer: Any, variable: Any = None) -> Any:
     optimizer = innermost(optimizer)
     if not isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ())):
         return optimizer
-    if variable is not None and not optimizer.built:
-        return innermost(optimizer._optimizer_map(variable))
-    place = 0
-    if variable is not None:  # one that is not trained is in no place
-        key = optimizer._var_key(variable)
-        place = optimizer._var_to_optimizer_idx.get(key, 0)
+    if variable is not None and (optimizer.optimizers or not optimizer.built):
+        return innermost(private.optimizer_of(optimizer, variable))
     found = optimizer.optimizers
-    return innermost(found[place]) if found else keras.optimizers.SGD()
+    return innermost(found[0]) if found else keras.optimizers.SGD()
 
 
 def learning_rate(optimizer: Any, variable: Any) -> float:

@@ -16,10 +16,10 @@ from typing import Any
 
 import keras
 from keras import ops
-from keras.src import backend as keras_backend  # `rnn` has no public name
 
 from kerasnorm.errors import KerasNormError, accepting
 from kerasnorm.method import Method, get
+from rewriters import private
 
 
 Tensor = Any
@@ -351,7 +351,7 @@ class RNN(keras.layers.RNN):
             carried = [v for carry in stream.carries for v in carry]
             return y, [*after, y, *carried, time + 1]
 
-        last, outputs, states = keras_backend.rnn(
+        last, outputs, states = private.rnn(
             step,
             inputs,
             [*states, shown, *flat, ops.zeros((), "int32")],

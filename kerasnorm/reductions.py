@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from kerasnorm import backend
+from rewriters import private
 
 
 Tensor = Any
@@ -22,7 +23,7 @@ Tensor = Any
 # the other it is neither faster nor as exact as a reduction.
 SHORT, LONG = 32, 2**17
 # Modules that trace a model for other programs.
-EXPORTERS = ("keras.src.export", "tensorflow.lite")
+EXPORTERS = (private.EXPORT, "tensorflow.lite")
 
 
 def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:

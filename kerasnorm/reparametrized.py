@@ -17,13 +17,12 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 from keras import ops
-from keras.src.backend import compute_output_spec  # has no public name
-from keras.src.backend.common import global_state
 
 from kerasnorm import numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.kernels import Kernel, kernels_of
 from kerasnorm.method import Case, Refusal
+from rewriters import private
 from rewriters.exchange import own_functions
 
 
@@ -72,7 +71,7 @@ class Reparametrized(keras.layers.Wrapper):
         self.build.__dict__["__signature__"] = inspect.signature(layer.build)
         self.supports_masking = layer.supports_masking
         self._names: list[str] = []
-        for inner in layer._flatten_layers():
+        for inner in private.flatten_layers(layer):
             # They would replace the kernels that are computed from.
             inner.__dict__["quantize"] = inner.__dict__["enable_lora"] = self._refuse
 
@@ -314,12 +313,12 @@ def copy(layer: Any, **changes: Any) -> Any:
 def _as_stored() -> Iterator[None]:
     """Context in which variables are read in their own dtype: a mixed precision
     layer's call would round them first."""
-    scope = global_state.get_global_attribute("autocast_scope")
-    global_state.set_global_attribute("autocast_scope", None)
+    scope = private.autocast_scope()
+    private.set_autocast_scope(None)
     try:
         yield
     finally:
-        global_state.set_global_attribute("autocast_scope", scope)
+        private.set_autocast_scope(scope)
 
 
 def _like(call: Callable) -> Callable:
@@ -346,7 +345,7 @@ def _takes_training(layer: Any) -> bool:
 
 def _specs(make: Callable, view: keras.KerasTensor) -> dict[str, tuple[int, ...]]:
     if not make.__func__.__qualname__.startswith("Reparametrized."):
-        made = compute_output_spec(make, view)
+        made = private.compute_output_spec(make, view)
         return {name: tuple(spec.shape) for name, spec in made.items()}
     return {}
 

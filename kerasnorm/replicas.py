@@ -16,6 +16,8 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from rewriters import private
+
 
 Tensor = Any
 
@@ -144,7 +146,7 @@ def multi_worker(model: Any) -> Any:
     workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     if not workers or "train_step" in vars(model):
         return model
-    build = model._maybe_symbolic_build
+    build = private.maybe_symbolic_build(model)
 
     def local(iterator: Any = None, data_batch: Any = None) -> None:
         for _, _, batches in iterator or ():
@@ -159,7 +161,7 @@ def multi_worker(model: Any) -> Any:
             lambda v: ops.reshape(v, (1,)) if len(v.shape) == 0 else v, step(data)
         )
 
-    model._maybe_symbolic_build = local
+    private.set_symbolic_build(model, local)
     model.train_step = averaged(model.train_step)
     model.test_step = averaged(model.test_step)
     return model

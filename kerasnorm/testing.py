@@ -24,6 +24,7 @@ from kerasnorm import backend
 from kerasnorm.claims import claims, judge, measure
 from kerasnorm.method import Case, Method, get
 from kerasnorm.normalization import Normalization
+from rewriters import private
 
 
 # Largest difference accepted from the float64 oracle, relative to the outputs (or 1 if
@@ -153,7 +154,7 @@ class Subject:
         """
         kwargs: dict[str, Any] = {}
         # Some layers (wrappers of plain ones) take neither keyword.
-        if layer._call_has_training_arg:
+        if private.call_has_training_arg(layer):
             kwargs["training"] = training
         if mask and self.mask is not None:
             kwargs["mask"] = self.mask

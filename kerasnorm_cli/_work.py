@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 import kerasnorm
-from rewriters import RewriteError
+from rewriters import RewriteError, private
 
 
 def read_model(args: argparse.Namespace) -> keras.Model:
@@ -98,7 +98,7 @@ def describe(args: argparse.Namespace, model: keras.Model) -> dict[str, Any]:
         "name": model.name,
         "inputs": shapes(getattr(model, "inputs", None)),
         "outputs": shapes(getattr(model, "outputs", None)),
-        "layers": sum(1 for _ in model._flatten_layers(include_self=False)),
+        "layers": sum(1 for _ in private.flatten_layers(model, include_self=False)),
         "parameters": int(model.count_params()) if model.built else None,
         "compiled": bool(model.compiled),
     }

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import tree
 
+from rewriters import private
 from rewriters.errors import RewriteError
 
 
@@ -157,9 +158,9 @@ def random_inputs(model: Any, samples: int = 4, seed: int = 0, size: int = 16) -
     embedding, get integers from 0 (so that masks occur) to below its vocabulary.
     """
     rng = np.random.default_rng(seed)
-    struct = getattr(model, "_inputs_struct", None)
-    if struct is None and hasattr(model, "_functional"):
-        struct = model._functional and model._functional._inputs_struct
+    struct = private.inputs_struct(model, None)
+    if struct is None:
+        struct = private.inputs_struct(private.functional(model, None), None)
     if struct is None:
         shapes = (model.get_build_config() or {}).get("input_shape")
         if shapes is None:
@@ -193,8 +194,8 @@ def _vocabularies(model: Any) -> dict[int, int]:
     """Smallest vocabulary among the embeddings that read each input directly."""
     found: dict[int, int] = {}
     for t in getattr(model, "inputs", None) or ():
-        operation = t._keras_history.operation
-        for node in getattr(operation, "_outbound_nodes", ()):
+        operation = private.keras_history(t).operation
+        for node in private.outbound_nodes(operation, ()):
             if isinstance(node.operation, keras.layers.Embedding):
                 n = node.operation.input_dim
                 found[id(t)] = min(n, found.get(id(t), n))

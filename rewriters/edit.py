@@ -17,9 +17,8 @@ from typing import Any
 
 import keras
 from keras import tree
-from keras.src.models.functional import Functional, functional_like_constructor
 
-from rewriters import transfer
+from rewriters import private, transfer
 from rewriters.errors import RewriteError, reason
 from rewriters.exchange import (
     Exchange,
@@ -202,14 +201,15 @@ class _Copier:
             new, name=layer.name, trainable=layer.trainable, dtype=layer.dtype_policy
         )
         self._copy_attributes(layer, new)
-        new.built, new._build_shapes_dict = layer.built, layer._build_shapes_dict
+        new.built = layer.built
+        private.set_build_shapes(new, private.build_shapes_dict(layer))
         return new
 
     def _copy_attributes(self, layer: Any, new: Any) -> None:
         theirs = {n: v for n, v in vars(layer).items() if n not in internals()}
         if not theirs:
             return
-        inner = list(layer._flatten_layers(include_self=False))
+        inner = list(private.flatten_layers(layer, include_self=False))
         with _unlocked(new):
             for name, value in theirs.items():
                 if isinstance(value, keras.Variable) and any(
@@ -282,7 +282,7 @@ class _Copier:
     def _sequential(self, model: Any) -> Any:
         layers = [
             _copy_input(x)
-            for x in model._layers[:1]
+            for x in private.held_layers(model)[:1]
             if isinstance(x, keras.layers.InputLayer)
         ]
         layers += [x for x in map(self.copy, model.layers) if x is not None]
@@ -291,7 +291,8 @@ class _Copier:
 
     def _functional(self, model: Any) -> Any:
         env = {
-            id(t): _copy_input(t._keras_history.operation).output for t in model.inputs
+            id(t): _copy_input(private.keras_history(t).operation).output
+            for t in model.inputs
         }
         outputs = {id(t) for t in model.outputs}
         for node in ordered_nodes(model):
@@ -315,7 +316,8 @@ class _Copier:
             results = tree.flatten(result)
             env.update((id(t), r) for t, r in zip(node.outputs, results, strict=True))
         inputs, outputs = tree.map_structure(
-            lambda t: env[id(t)], (model._inputs_struct, model._outputs_struct)
+            lambda t: env[id(t)],
+            (private.inputs_struct(model), private.outputs_struct(model)),
         )
         new = keras.Model(inputs, outputs, name=model.name, trainable=model.trainable)
         return self._as_class(model, new)
@@ -342,13 +344,13 @@ class _Copier:
 @contextlib.contextmanager
 def _unlocked(layer: Any) -> Iterator[None]:
     """Lets a built layer take attributes that Keras tracks."""
-    locked = layer._tracker.locked
-    layer._tracker.unlock()
+    locked = private.tracker(layer).locked
+    private.tracker(layer).unlock()
     try:
         yield
     finally:
         if locked:
-            layer._tracker.lock()
+            private.tracker(layer).lock()
 
 
 def _copy_variable(variable: Any) -> Any:
@@ -401,7 +403,7 @@ def _copy_lambda(layer: Any) -> Any:
     # Its function is here already; going through its config would be unsafe.
     new = keras.layers.Lambda(
         layer.function,
-        output_shape=layer._output_shape,
+        output_shape=private.output_shape(layer),
         mask=layer.mask,
         arguments=layer.arguments,
         name=layer.name,
@@ -428,6 +430,6 @@ def _rebuilds_graph(model: Any) -> bool:
     """Whether the class's own config holds the graph (`inputs`, `outputs`)."""
     if isinstance(model, keras.Sequential):
         return type(model).get_config is keras.Sequential.get_config
-    return type(model).get_config is Functional.get_config and (
-        functional_like_constructor(type(model))
+    return type(model).get_config is private.Functional.get_config and (
+        private.functional_like_constructor(type(model))
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 
+from rewriters import private
 from rewriters.holders import Slot, children
 
 
@@ -105,7 +106,7 @@ def put(owner: Any, exchange: Exchange) -> None:
     if old is new:
         return
     build_like(old, new)
-    layers, tracker = owner._layers, owner._tracker
+    layers, tracker = private.held_layers(owner), private.tracker(owner)
     place = next((k for k, x in enumerate(layers) if x is old), len(layers))
     locked = tracker.locked
     tracker.unlock()

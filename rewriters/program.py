@@ -13,8 +13,8 @@ from typing import Any
 
 import keras
 from keras import tree
-from keras.src.models.functional import Functional  # has no public name
 
+from rewriters import private
 from rewriters.errors import RewriteError
 
 
@@ -25,11 +25,11 @@ def is_graph(layer: Any) -> bool:
     """Whether the layer is a model whose computation is its recorded graph."""
     if isinstance(layer, keras.Sequential):
         own = type(layer).call is keras.Sequential.call
-        return own and getattr(layer, "_functional", None) is not None
+        return own and private.functional(layer, None) is not None
     return (
-        isinstance(layer, Functional)
-        and type(layer).call is Functional.call
-        and hasattr(layer, "_nodes_by_depth")
+        isinstance(layer, private.Functional)
+        and type(layer).call is private.Functional.call
+        and (private.nodes_by_depth(layer, None) is not None)
     )
 
 
@@ -44,19 +44,19 @@ def maker_of(model: Any, k: int) -> Any:
     """The operation that makes an output, in whatever models lie within; one whose
     computation is no recorded graph stands for what it does."""
     while is_graph(model) and k < len(model.outputs):
-        made = model.outputs[k]._keras_history
+        made = private.keras_history(model.outputs[k])
         model, k = made.operation, made.tensor_index
     return model
 
 
 def graph_of(model: Any) -> Any:
     """The Functional that holds the nodes: a Sequential keeps its own inside."""
-    return model._functional if isinstance(model, keras.Sequential) else model
+    return private.functional(model) if isinstance(model, keras.Sequential) else model
 
 
 def ordered_nodes(model: Any) -> list[Any]:
     """Nodes of a graph model, inputs left out, each after all it depends on."""
-    by_depth = graph_of(model)._nodes_by_depth
+    by_depth = private.nodes_by_depth(graph_of(model))
     return [
         node
         for depth in sorted(by_depth, reverse=True)
@@ -199,14 +199,14 @@ def fill(
     )
     if instruction.training is not None:
         training = instruction.training
-    if getattr(instruction.operation, "_call_has_training_arg", False):
+    if private.call_has_training_arg(instruction.operation, False):
         if kwargs.get("training") is None and training is not None:
             kwargs["training"] = training
     return args, kwargs
 
 
 def _value(t: Any) -> Value:
-    masked = getattr(t, "_keras_mask", None) is not None
+    masked = private.get_keras_mask(t) is not None
     return Value(tuple(t.shape), keras.backend.standardize_dtype(t.dtype), masked)
 
 
@@ -223,7 +223,7 @@ def _inline(
         inner = _value(t)
         if inner.dtype != v.dtype:
             cast = Value(v.shape, inner.dtype, v.masked)
-            name = f"{prefix}{t._keras_history.operation.name}"
+            name = f"{prefix}{private.keras_history(t).operation.name}"
             out.append(Instruction(name, _Cast(inner.dtype), (v,), {}, (cast,)))
             v = cast
         env[id(t)] = v

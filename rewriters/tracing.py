@@ -9,8 +9,8 @@ from typing import Any
 
 import keras
 from keras import tree
-from keras.src.backend import compute_output_spec  # has no public name
 
+from rewriters import private
 from rewriters.holders import children
 from rewriters.program import Instruction, Program, Shape, Value
 
@@ -73,7 +73,7 @@ def trace(
         }
         if kwargs.get("training") is True:  # nobody asked for it but the owner's code
             given["training"] = True
-        masked = getattr(first, "_keras_mask", None) is not None
+        masked = private.get_keras_mask(first) is not None
         masked = masked or kwargs.get("mask") is not None
         dtype = keras.backend.standardize_dtype(first.dtype)
         call = Call(tuple(first.shape), dtype, masked, given)
@@ -82,7 +82,7 @@ def trace(
     with watching(inside, note):
         for owner, specs, kwargs in _opaque_calls(program, model):
             try:
-                compute_output_spec(owner, *specs, **kwargs)
+                private.compute_output_spec(owner, *specs, **kwargs)
             except Exception:
                 continue
     return calls
@@ -110,7 +110,9 @@ def _opaque_calls(
                     return leaf
                 t = keras.KerasTensor(leaf.shape, leaf.dtype)
                 if leaf.masked:
-                    t._keras_mask = keras.KerasTensor(leaf.shape[:-1], "bool")
+                    private.set_keras_mask(
+                        t, keras.KerasTensor(leaf.shape[:-1], "bool")
+                    )
                 return t
 
             args, kwargs = tree.map_structure(spec, (tuple(i.args), dict(i.kwargs)))

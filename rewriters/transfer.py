@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from rewriters import private
 from rewriters.errors import RewriteError, reason
 from rewriters.holders import children, paired_children
 
@@ -126,8 +127,8 @@ def assign(new: Any, old: Any) -> None:
 
 def own_variables(layer: Any) -> list[Any]:
     """Variables the layer holds itself, random state included."""
-    seeds = [g.state for g in layer._seed_generators]
-    return [*layer._trainable_variables, *layer._non_trainable_variables, *seeds]
+    seeds = [g.state for g in private.seed_generators(layer)]
+    return [*private.own_variables(layer), *seeds]
 
 
 def _all_variables(pairs: Pairs, skip: set[int]) -> Iterator[tuple[Any, Any]]:
@@ -204,7 +205,7 @@ def _compile_arguments(model: Any) -> dict[str, Any] | None:
             stacklevel=5,
         )
         return None
-    raw = getattr(model, "_compile_config", None)
+    raw = private.compile_config(model, None)
     raw = dict(raw.config) if raw is not None else {}
     if not config:
         return None
@@ -236,7 +237,7 @@ def _classes_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     for value in values:  # which grows
         if isinstance(value, keras.optimizers.Optimizer):
             inner = getattr(value, "inner_optimizer", None)
-            values += [getattr(value, "_learning_rate", None), inner]
+            values += [private.learning_rate(value, None), inner]
         cls = value if callable(value) and hasattr(value, "__name__") else type(value)
         if not cls.__module__.startswith(("keras.", "builtins")):
             found[cls.__name__] = cls
@@ -247,15 +248,16 @@ def _classes_of(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _copy_exclusions(old: Any, new: Any, variables: list[tuple[Any, Any]]) -> None:
     """What `exclude_from_weight_decay` told an optimizer, which no config has."""
     old, new = innermost(old), innermost(new)
-    excluded = getattr(old, "_exclude_from_weight_decay", None)
-    if excluded is None:
+    told = private.decay_exclusions(old)
+    if told is None:
         return
-    new._exclude_from_weight_decay = {
-        new._var_key(w) for v, w in variables if old._var_key(v) in excluded
+    excluded, pattern = told
+    keys = {
+        private.variable_key(new, w)
+        for v, w in variables
+        if private.variable_key(old, v) in excluded
     }
-    pattern = getattr(old, "_exclude_from_weight_decay_pattern", None)
-    new._exclude_from_weight_decay_pattern = pattern
-    new._exclude_from_weight_decay_cache = {}
+    private.set_decay_exclusions(new, keys, pattern)
 
 
 def innermost(optimizer: Any) -> Any:
@@ -271,7 +273,7 @@ def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:
     inner = getattr(old, "inner_optimizer", None)
     if type(old) is not type(new) and inner is not None:
         old = inner  # the new model has no use for what was around it
-    ours, theirs = old._trainable_variables, new._trainable_variables
+    ours, theirs = private.trainable_variables(old), private.trainable_variables(new)
     place = {id(w): k for k, w in enumerate(theirs)}
     where = [place.get(id(mates.get(id(v)))) for v in ours]
     for name, value in vars(old).items():
@@ -287,8 +289,8 @@ def _copy_slots(old: Any, new: Any, mates: Mapping[int, Any]) -> None:
                 if k is not None and isinstance(slot, keras.Variable):
                     if slot.shape == mine[k].shape:
                         assign(mine[k], slot)
-    if isinstance(getattr(old, "_learning_rate", None), keras.Variable):
-        assign(new._learning_rate, old._learning_rate)
+    if isinstance(private.learning_rate(old, None), keras.Variable):
+        assign(private.learning_rate(new), private.learning_rate(old))
     if not ours:
         warnings.warn(
             "The optimizer held no variables; it starts afresh.", stacklevel=3
@@ -300,10 +302,10 @@ def renew_averages(new: Any, pairs: Pairs, skip: set[int]) -> None:
     the new model is not that of the old one: `fit` puts the averages in their place."""
     optimizer = getattr(new, "optimizer", None)
     while optimizer is not None:
-        averages = getattr(optimizer, "_model_variables_moving_average", None)
+        averages = private.moving_averages(optimizer, None)
         if averages:
             before = {id(w): v for v, w in _all_variables(pairs, skip)}
-            weights = optimizer._trainable_variables
+            weights = private.trainable_variables(optimizer)
             for w, average in zip(weights, averages, strict=True):
                 if average is None:  # of a state that the gradient overwrites
                     continue

@@ -13,6 +13,7 @@ from keras import ops, tree
 from kerasnorm.errors import KerasNormError
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap.data import fits, keys_of
+from rewriters import private
 from rewriters.program import fixed_batch, is_graph
 
 
@@ -145,7 +146,7 @@ class Victim:
         """The model's inputs by the names that `x` has for them, in the order of the
         model; none where it has no graph."""
         inputs = getattr(self.model, "inputs", None) or ()
-        wanted = getattr(self.model, "_inputs_struct", None)
+        wanted = private.inputs_struct(self.model, None)
         names = keys_of(wanted) if isinstance(x, dict) else []
         if len(names) != len(inputs):
             names = [t.name for t in inputs]
@@ -316,17 +317,23 @@ def _ending(model: Any) -> Any:
     calls, recorded = 0, True
     while isinstance(layer, (keras.Model, *SAME)):
         if isinstance(layer, SAME):
-            calls += len(layer._inbound_nodes)
+            calls += len(private.inbound_nodes(layer))
             layer = layer.layer
         elif is_graph(layer):
             outputs = layer.outputs
-            layer = outputs[0]._keras_history.operation if len(outputs) == 1 else None
+            layer = (
+                private.keras_history(outputs[0]).operation
+                if len(outputs) == 1
+                else None
+            )
         elif isinstance(layer, keras.Sequential) and layer.layers:
             layer = layer.layers[-1]
         else:  # without a recorded graph, the layer made last is called last
-            inner = list(layer._flatten_layers(include_self=False, recursive=False))
+            inner = list(
+                private.flatten_layers(layer, include_self=False, recursive=False)
+            )
             layer, recorded = inner[-1] if inner else None, False
-    calls += len(getattr(layer, "_inbound_nodes", ()))
+    calls += len(private.inbound_nodes(layer, ()))
     return layer if _kind(layer) and (calls <= 1 or not recorded) else None
 
 
@@ -373,7 +380,7 @@ def _redrawn(model: Any, seed: Any) -> Iterator[None]:
     if seed is None or not states:
         yield
         return
-    outer = keras.src.backend.common.stateless_scope.get_stateless_scope()
+    outer = private.get_stateless_scope()
     mapping = [(v, ops.cast(seed.next(), v.dtype)) for v in states]
     if outer is not None:
         # A scope hides the one around it, and what that maps.

@@ -16,7 +16,6 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops, tree
-from keras.src.utils.io_utils import print_msg  # has no public name
 
 from kerasnorm import replicas
 from kerasnorm.adversarial.evaluate import Evaluator
@@ -25,6 +24,7 @@ from kerasnorm.adversarial.reading import pieces, read_settings
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.errors import KerasNormError, count
 from kerasnorm.swap.data import spaced
+from rewriters import private
 from rewriters.transfer import innermost
 
 
@@ -223,7 +223,7 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         if self.file is not None and replicas.writes(self.model):
             _append(self.file, entry)
         if self.verbose and replicas.writes(self.model):
-            print_msg(
+            private.print_msg(
                 "\n"
                 + ", ".join(f"{k}: {v:.4f}" for k, v in values.items())
                 + f" ({seconds:.1f} s, {100 * self.share:.0f} % of the time so far)"
@@ -244,8 +244,8 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         if not self.ema:
             return []
         optimizer = innermost(self.model.optimizer)
-        averages = optimizer._model_variables_moving_average
-        return list(zip(optimizer._trainable_variables, averages, strict=True))
+        averages = private.moving_averages(optimizer)
+        return list(zip(private.trainable_variables(optimizer), averages, strict=True))
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
         """Draws the accuracies over the epochs, and the weight norm if it was logged.

@@ -8,13 +8,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.utils.io_utils import print_msg  # has no public name
 
 from kerasnorm import replicas
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.errors import KerasNormError, count
 from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, Site
+from rewriters import private
 
 
 class PropertyMonitor(keras.callbacks.Callback):
@@ -147,7 +147,7 @@ class PropertyMonitor(keras.callbacks.Callback):
             self._writer.close()
             self._writer = None
         if self.verbose:
-            print_msg(
+            private.print_msg(
                 f"\nPropertyMonitor: {len(self.history)} measurements took"
                 f" {self.seconds:.1f} s, {self.share:.1%} of the time of training"
             )

@@ -15,6 +15,7 @@ from kerasnorm.programs import learning_rate
 from kerasnorm.sphere import geometry
 from kerasnorm.sphere.invariance import scale_invariant_weights
 from kerasnorm.sphere.spheres import Spheres
+from rewriters import private
 
 
 FIGURES = ("norm", "effective_rate", "angle", "cosine", "gamma")
@@ -91,7 +92,7 @@ class SphereMonitor(keras.callbacks.Callback):
         def apply(grads: Any, trainable_variables: Any = None) -> None:
             grads = list(grads)
             given = trainable_variables
-            given = optimizer._trainable_variables if given is None else given
+            given = private.trainable_variables(optimizer) if given is None else given
             known = {id(v): g for v, g in zip(given, grads, strict=True)}
             before = [backend.value(v) for v in variables]
             plain(grads, trainable_variables)

@@ -10,6 +10,7 @@ from kerasnorm import adoption, numerics
 from kerasnorm.errors import KerasNormError
 from kerasnorm.layers.layer import LayerNormalization
 from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
+from rewriters import private
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -166,7 +167,7 @@ def check_moment_shortcut_undoes_the_normalization():
         inputs = keras.Input(shape[1:])
         moments = PositionalNormalization(return_moments=True, axis=axis)(inputs)
         if [tuple(m.shape) for m in moments] != [
-            tuple(m.shape) for m in moments[0]._keras_history.operation(inputs)
+            tuple(m.shape) for m in private.keras_history(moments[0]).operation(inputs)
         ]:
             raise AssertionError("output shapes")
         model = keras.Model(inputs, MomentShortcut()(*moments))

@@ -13,6 +13,7 @@ from keras import ops
 from kerasnorm import adoption, standardize
 from kerasnorm.method import Case, Fidelity, declare
 from kerasnorm.normalization import Normalization
+from rewriters import private
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -124,7 +125,7 @@ def carry(source, layers):
     adoption.carry_affine(dataclasses.replace(source, weights=without), layers)
     for _, new in layers.values():
         if new is not None and new.gamma is not None:
-            channels = new._build_shapes_dict["input_shape"][new.axis]
+            channels = private.build_shapes_dict(new)["input_shape"][new.axis]
             gain = np.mean(source.weights.get("gamma", 1.0)) * math.sqrt(channels)
             adoption.assign(new.gamma, np.full((1,), gain))
 
@@ -134,7 +135,7 @@ def read_own(layer):
     source = adoption.describe(layer, "scale")
     if not layer.built:
         return source
-    channels = layer._build_shapes_dict["input_shape"][layer.axis]
+    channels = private.build_shapes_dict(layer)["input_shape"][layer.axis]
     gain = source.weights.get("gamma", np.ones(1)) / math.sqrt(channels)
     weights = {**source.weights, "gamma": np.repeat(gain, channels)}
     config = {**source.config, "scale": True, "gamma_initializer": "ones"}

@@ -17,6 +17,7 @@ from kerasnorm.method import Method, Reason, get, methods, read
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap.apply import apply
 from kerasnorm.swap.plan import Plan, plan
+from rewriters import private
 from rewriters.edit import edit
 from rewriters.graph import SiteMap
 
@@ -79,13 +80,13 @@ def fresh(model: Any, seed: int = 0) -> Any:
 
 def _draw(layer: Any) -> None:
     """Gives a layer's own variables, not those of layers within, initial values."""
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    own = private.own_variables(layer)
     if not own:
         return
     with contextlib.suppress(Exception):  # a class that its config does not describe
         made = type(layer).from_config(layer.get_config())
         made.build_from_config(layer.get_build_config())
-        values = [*made._trainable_variables, *made._non_trainable_variables]
+        values = private.own_variables(made)
         if [tuple(v.shape) for v in values] == [tuple(v.shape) for v in own]:
             for variable, value in zip(own, values, strict=True):
                 variable.assign(value)
@@ -158,7 +159,11 @@ def _of_method(model: Any, method: Method, layers: Sequence[Any]) -> list[Any]:
     cls = method.layer
     if cls is None or not issubclass(cls, Reparametrized):
         return list(layers)
-    return [v for v in model._flatten_layers(include_self=False) if isinstance(v, cls)]
+    return [
+        v
+        for v in private.flatten_layers(model, include_self=False)
+        if isinstance(v, cls)
+    ]
 
 
 def _start(layer: Reparametrized) -> None:

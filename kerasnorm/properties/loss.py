@@ -11,6 +11,7 @@ from keras import ops, tree
 
 from kerasnorm.errors import KerasNormError
 from kerasnorm.swap.data import keys_of
+from rewriters import private
 from rewriters.program import maker_of
 
 
@@ -26,7 +27,7 @@ def in_order(model: Any, values: Any) -> list[Any]:
     Raises:
         KerasNormError: a name that no output has.
     """
-    outputs = getattr(model, "_outputs_struct", None)  # None where there is no graph
+    outputs = private.outputs_struct(model, None)  # None where there is no graph
     if outputs is None or not isinstance(values, Mapping):
         return tree.flatten(values)
     names = keys_of(outputs) or model.output_names
@@ -55,8 +56,7 @@ def objective(
     if loss is None:
         loss = getattr(model, "loss", None)
         if loss_weights is None:
-            compiled = getattr(model, "_compile_loss", None)  # has no public name
-            loss_weights = getattr(compiled, "_user_loss_weights", None)
+            loss_weights = private.loss_weights(model)
     given = suitable(model, labels) if loss is None else in_order(model, loss)
     if len(given) == len(labels):  # what has no labels has no loss
         given = [f if y.size else None for f, y in zip(given, labels, strict=True)]
@@ -170,7 +170,7 @@ def _ending(model: Any, k: int) -> str:
     """Name of the activation that makes an output, as far as layers tell."""
     last = maker_of(model, k)
     if isinstance(last, keras.layers.Layer):
-        leaves = [x for x in last._flatten_layers() if not x._layers]
+        leaves = [x for x in private.flatten_layers(last) if not private.held_layers(x)]
         last = leaves[-1] if leaves else last
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return name.lower()

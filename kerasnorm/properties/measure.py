@@ -19,6 +19,7 @@ from kerasnorm.properties.measurement import Measurement, Site
 from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
 from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap import data as reading
+from rewriters import private
 from rewriters.tracing import watching
 
 
@@ -245,14 +246,18 @@ def _bytes(model: Any, inputs: reading.Inputs) -> int:
         )
 
     # Symbolically, where the model has shapes: a sample may be large.
-    graph = getattr(model, "_functional", model)
+    graph = private.functional(model, model)
     if getattr(graph, "operations", None) and hasattr(graph, "inputs"):
         for operation in graph.operations:
-            for node in getattr(operation, "_inbound_nodes", ()):
+            for node in private.inbound_nodes(operation, ()):
                 for t in node.output_tensors:
                     sizes.append(4 * int(np.prod([s or 1 for s in t.shape[1:]])))
         return sum(sizes)
-    leaves = [x for x in model._flatten_layers(include_self=False) if not x._layers]
+    leaves = [
+        x
+        for x in private.flatten_layers(model, include_self=False)
+        if not private.held_layers(x)
+    ]
     with keras.StatelessScope(), watching(leaves, note, result=True):
         model(inputs.pack([a[:1] for a in inputs.arrays]), training=False)
     return sum(sizes)

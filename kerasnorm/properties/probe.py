@@ -25,6 +25,7 @@ from kerasnorm.method import Source, read
 from kerasnorm.programs import Compiled, watched_gradients
 from kerasnorm.properties.definitions import gram, moments
 from kerasnorm.reparametrized import Reparametrized
+from rewriters import private
 from rewriters.graph import SiteMap
 from rewriters.tracing import watching
 
@@ -297,7 +298,7 @@ class Pass:
 
 def _scope() -> Any:
     """Where assignments are forgotten; a new one would hide what the outer one maps."""
-    inside = keras.src.backend.common.stateless_scope.in_stateless_scope()
+    inside = private.in_stateless_scope()
     return contextlib.nullcontext() if inside else keras.StatelessScope()
 
 

@@ -19,6 +19,7 @@ from kerasnorm.errors import KerasNormError
 from kerasnorm.flow import Flow, flows
 from kerasnorm.method import read
 from kerasnorm.results import render
+from rewriters import private
 from rewriters.compare import nudged, outputs, relative
 
 
@@ -159,7 +160,7 @@ def measure(
         for f in found:
             scale_units(f, rng.choice(FACTORS, max(f.units, default=0) + 1))
         scaled = outputs(model, x, training=True)
-    half = any("16" in layer.compute_dtype for layer in model._flatten_layers())
+    half = any("16" in layer.compute_dtype for layer in private.flatten_layers(model))
     limit = TOLERANCE_FLOAT16 if half else TOLERANCE
     return relative(y, scaled), max(limit, ROUNDINGS * relative(y, z))
 
@@ -206,7 +207,7 @@ def _kept(model: Any) -> Iterator[Any]:
 def _epsilons(model: Any) -> Iterator[None]:
     layers = {
         id(x): x
-        for x in model._flatten_layers()
+        for x in private.flatten_layers(model)
         if hasattr(x, "epsilon") and read(x) is not None
     }
     before = [(x, x.epsilon) for x in layers.values()]

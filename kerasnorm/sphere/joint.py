@@ -12,6 +12,7 @@ from kerasnorm import backend, replicas
 from kerasnorm.errors import KerasNormError
 from kerasnorm.sphere import geometry
 from kerasnorm.sphere.spheres import inverse, tensor, unless_moved
+from rewriters import private
 
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ def update(
             got=f"{replicas.count()} replicas",
             fix='Use spheres="unit" or "layer" there.',
         )
-    places = [inner._get_variable_index(v) for v in variables]
+    places = [private.get_variable_index(inner, v) for v in variables]
     held = [n for n, i in enumerate(places) if i in outer._held]
     if not held:
         return plain(grads, variables, rate)
     w = [tensor(variables[n]) for n in held]
     square = sum(ops.sum(ops.square(outer._radii[i])) for i in outer._held)
     for i in set(outer._held) - set(places):  # without a gradient they stay
-        still = tensor(inner._trainable_variables[i])
+        still = tensor(private.trainable_variables(inner)[i])
         square = square - ops.sum(geometry.inner(still, still))
     # The radii are those of the start, and single ones move.
     actual = ops.sqrt(sum(ops.sum(geometry.inner(a, a)) for a in w))

@@ -28,6 +28,7 @@ from kerasnorm.sphere.spheres import (
     tensor,
     unless_moved,
 )
+from rewriters import private
 
 
 Tensor = Any
@@ -258,11 +259,11 @@ class OnSphere(keras.optimizers.Optimizer):
         inner = self.inner_optimizer
         own = {
             "update_step": self._update_step,
-            "_apply_weight_decay": self._apply_decay,
-            "_update_model_variables_moving_average": self._average,
+            private.APPLY_WEIGHT_DECAY: self._apply_decay,
+            private.UPDATE_AVERAGES: self._average,
         }
         if self.spheres == "joint":
-            own["_backend_update_step"] = self._update_jointly
+            own[private.BACKEND_UPDATE_STEP] = self._update_jointly
         self._plain = {name: getattr(inner, name) for name in own}
         for name, method in own.items():
             setattr(inner, name, method)
@@ -271,7 +272,7 @@ class OnSphere(keras.optimizers.Optimizer):
 
     def _update_step(self, gradient: Tensor, variable: Any, rate: Tensor) -> None:
         plain = self._plain["update_step"]
-        i = self.inner_optimizer._get_variable_index(variable)
+        i = private.get_variable_index(self.inner_optimizer, variable)
         spheres = self._held.get(i)
         if spheres is None or self.spheres == "joint":
             return plain(gradient, variable, rate)
@@ -321,13 +322,15 @@ class OnSphere(keras.optimizers.Optimizer):
         return w * (radius * inverse(spheres.radius(w)))
 
     def _update_jointly(self, grads: Any, variables: Any, rate: Tensor) -> None:
-        joint.update(self, self._plain["_backend_update_step"], grads, variables, rate)
+        joint.update(
+            self, self._plain[private.BACKEND_UPDATE_STEP], grads, variables, rate
+        )
 
     def _apply_decay(self, variables: Sequence[Any]) -> None:
-        plain, inner = self._plain["_apply_weight_decay"], self.inner_optimizer
+        plain, inner = self._plain[private.APPLY_WEIGHT_DECAY], self.inner_optimizer
         parts: tuple[list[Any], list[Any]] = ([], [])
         for v in variables:
-            parts[inner._get_variable_index(v) in self._held].append(v)
+            parts[private.get_variable_index(inner, v) in self._held].append(v)
         plain(parts[0])
         before = inner.weight_decay
         if before is not None and self.decay_ratio and parts[1]:
@@ -338,13 +341,13 @@ class OnSphere(keras.optimizers.Optimizer):
     def _average(self, variables: Sequence[Any]) -> None:
         """Averages of points on a sphere lie inside it; they are brought back."""
         inner = self.inner_optimizer
-        self._plain["_update_model_variables_moving_average"](variables)
+        self._plain[private.UPDATE_AVERAGES](variables)
         if not (inner.use_ema and self.returns) or self.spheres == "joint":
             return
         for i, spheres in self._held.items():
-            average = inner._model_variables_moving_average[i]
+            average = private.moving_averages(inner)[i]
             w = spheres.split(tensor(average))
-            variable = inner._trainable_variables[i]
+            variable = private.trainable_variables(inner)[i]
             held = spheres.split(tensor(variable))
             radius = self._radius(i, held, variable.dtype)
             back = w * (radius * inverse(spheres.radius(w)))
@@ -360,7 +363,9 @@ class OnSphere(keras.optimizers.Optimizer):
         if not self.built and trainable_variables is not None:
             with keras.name_scope(self.name):
                 self.build(list(trainable_variables))
-        given = self._trainable_variables if trainable_variables is None else None
+        given = (
+            private.trainable_variables(self) if trainable_variables is None else None
+        )
         self.inner_optimizer.apply(grads, trainable_variables or given)
 
     @property

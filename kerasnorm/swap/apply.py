@@ -18,6 +18,7 @@ from kerasnorm.reparametrized import Reparametrized
 from kerasnorm.swap.cells import carry_cells
 from kerasnorm.swap.plan import Plan, opened, plan
 from kerasnorm.swap.report import Report
+from rewriters import private
 from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
 from rewriters.edit import Edited, custom_objects_of, edit
 from rewriters.errors import reason
@@ -242,7 +243,7 @@ def keep_frozen(old: Any, new: Any) -> None:
         x.layer if isinstance(x, Reparametrized) else x for x in (old, new)
     )
     for a, b in paired_layers({id(before): (before, after)}):
-        known = a._trainable_variables if a.trainable else ()
+        known = private.trainable_variables(a) if a.trainable else ()
         frozen = {_canonical(v) for v in known if not v.trainable}
         for w in own_variables(b):
             w.trainable &= _canonical(w) not in frozen
@@ -273,7 +274,7 @@ def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | None:
         # Inputs of a kind of their own (strings, graphs, ragged): nothing to show.
         return None
     result = compare(ours, new, x)
-    half = any("16" in x.compute_dtype for x in model._flatten_layers())
+    half = any("16" in x.compute_dtype for x in private.flatten_layers(model))
     limit = TOLERANCE_FLOAT16 if half else TOLERANCE
     if result.relative <= limit or not all(np.isfinite(y).all() for y in ours):
         return result

@@ -13,6 +13,7 @@ import numpy as np
 from keras import tree
 
 from kerasnorm.errors import KerasNormError
+from rewriters import private
 from rewriters.program import fixed_batch
 
 
@@ -275,7 +276,7 @@ def _inputs_of_arrays(model: Any, data: Any) -> Any:
 def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
     """The arrays of one batch in the order of the model's inputs, and how its call
     takes them."""
-    wanted = getattr(model, "_inputs_struct", None)  # None where there is no graph
+    wanted = private.inputs_struct(model, None)  # None where there is no graph
     names = _names(model)
     if _is_deep(wanted):
         leaves, structure = _leaves(wanted, x), None

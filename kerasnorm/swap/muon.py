@@ -13,6 +13,7 @@ from kerasnorm.flow import own_kernels
 from kerasnorm.kernels import DEPTHWISE, Kernel
 from kerasnorm.method import Refusal
 from kerasnorm.sphere.spheres import tensor
+from rewriters import private
 
 
 # Of the kernels' momentum; of Adam's average of squares, short as the training is.
@@ -59,12 +60,12 @@ class Muon(keras.optimizers.Adam):
         }
 
     def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
-        i = self._get_variable_index(variable)
+        i = private.get_variable_index(self, variable)
         kernel = self._kernels.get(i)
         if kernel is None:
             super().update_step(gradient, variable, learning_rate)
             return
-        slot, w = self._momentums[i], tensor(variable)
+        slot, w = private.momentums(self)[i], tensor(variable)
         g = ops.cast(backend.value(gradient), w.dtype)
         m = MOMENTUM * tensor(slot) + g
         self.assign(slot, ops.cast(m, slot.dtype))
@@ -94,7 +95,7 @@ def _matrices(model: Any) -> list[Kernel]:
     are looked up, nor filters of one channel each."""
     return [
         kernel
-        for layer in model._flatten_layers()
+        for layer in private.flatten_layers(model)
         if not isinstance(layer, (*DEPTHWISE, keras.layers.Embedding))
         and not isinstance(kernels := own_kernels(layer), Refusal)
         for kernel in kernels

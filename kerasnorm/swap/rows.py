@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend import get_keras_mask  # has no public name
+
+from rewriters import private
 
 
 Array = np.ndarray
@@ -174,7 +175,7 @@ def numpy_of(x: Any) -> Array:
 
 def mask_of(x: Any) -> Array | None:
     """The mask that Keras attached to a tensor."""
-    mask = get_keras_mask(x)
+    mask = private.get_keras_mask(x)
     return None if mask is None else keras.ops.convert_to_numpy(mask).astype(bool)
 
 

@@ -22,6 +22,7 @@ from kerasnorm.swap.rows import (
     numpy_of,
 )
 from kerasnorm.swap.side import Opaque, Side, largest, size_of, twins
+from rewriters import private
 from rewriters.program import Instruction, Program, Value, fixed_batch, is_graph
 from rewriters.tracing import watching
 
@@ -425,7 +426,7 @@ class Walk:
             s.operation, keras.layers.Layer
         ):
             return []
-        layers = s.operation._flatten_layers(include_self=False)
+        layers = private.flatten_layers(s.operation, include_self=False)
         swapped = [(n, self.pairs[id(n)][1]) for n in layers if id(n) in self.pairs]
         return swapped + (self._linear_inside(s) if swapped and self.refit else [])
 
@@ -434,7 +435,8 @@ class Walk:
         if t is None:
             return []
         new, old = (
-            list(i.operation._flatten_layers(include_self=False)) for i in (s, t)
+            list(private.flatten_layers(i.operation, include_self=False))
+            for i in (s, t)
         )
         if len(new) != len(old):
             return []
@@ -507,8 +509,8 @@ class Walk:
 
         leaves = [
             layer
-            for layer in teacher._flatten_layers(include_self=False)
-            if not layer._layers
+            for layer in private.flatten_layers(teacher, include_self=False)
+            if not private.held_layers(layer)
         ]
         with watching(leaves, note, result=True):
             teacher(inputs.pack([a[:1] for a in inputs.arrays]), training=False)

@@ -13,6 +13,7 @@ from kerasnorm.errors import KerasNormError
 from kerasnorm.method import Case, declare
 from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
 from kerasnorm.wrapping import rules
+from rewriters import private
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -99,7 +100,7 @@ def normalize_weights(model: Any) -> int:
     Outputs do not change. Returns the number of kernels.
     """
     count = 0
-    for layer in model._flatten_layers():
+    for layer in private.flatten_layers(model):
         if isinstance(layer, HypersphereNormalization):
             for kernel in layer.kernels:
                 v = kernel.columns(ops.convert_to_tensor(kernel.variable))

@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 
+from rewriters import private
 from rewriters.errors import RewriteError, reason
 from rewriters.formats import (
     archive,
@@ -140,7 +141,7 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
                 variable.assign(array.read())
         finally:
             discard()
-    for layer in model._flatten_layers():
+    for layer in private.flatten_layers(model):
         finalize(layer)
     vocabulary.restore(model, spec, saved)
     return model

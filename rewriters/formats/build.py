@@ -15,23 +15,18 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend import compute_output_spec
-from keras.src.backend.common import global_state
-from keras.src.backend.common.stateless_scope import in_stateless_scope
 
+from rewriters import private
 from rewriters.errors import RewriteError, reason
 from rewriters.formats.modernize import problems
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
 from rewriters.formats.tensorflow_ops import Unsupported
 
 
-_PENDING = "uninitialized_variables"
-
-
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Variables made inside have shapes and no values; a failure leaves no trace."""
-    before = list(global_state.get_global_attribute(_PENDING, None) or [])
+    before = private.pending_variables()
     try:
         with warnings.catch_warnings():
             # What Keras has to say of a stored model, it says when that is called.
@@ -39,7 +34,7 @@ def deferred() -> Iterator[None]:
             with keras.StatelessScope(initialize_variables=False):
                 yield
     except BaseException:
-        global_state.set_global_attribute(_PENDING, before)
+        private.set_pending_variables(before)
         raise
 
 
@@ -50,14 +45,14 @@ def makes_variables_of_values(error: Exception) -> bool:
 
 def discard() -> None:
     """Forgets every variable that still waits for a value."""
-    global_state.set_global_attribute(_PENDING, [])
+    private.set_pending_variables([])
 
 
 def initialize(values: dict[int, np.ndarray]) -> None:
     """Gives each waiting variable its value by its id, or its initializer's."""
-    for variable in global_state.get_global_attribute(_PENDING, None) or []:
+    for variable in private.pending_variables():
         if id(variable) in values:
-            variable._initializer = _Constant(values[id(variable)])
+            private.set_initializer(variable, _Constant(values[id(variable)]))
     with keras.StatelessScope():
         pass  # leaving a scope is what makes Keras initialize what waits
 
@@ -129,7 +124,7 @@ def _call(model: Any, spec: Spec) -> None:
 
     The file does not say of what type the inputs are: floats, or else integers.
     """
-    without = in_stateless_scope()
+    without = private.in_stateless_scope()
 
     def blank(shape: Any, dtype: Any) -> Any:
         if without:
@@ -143,7 +138,7 @@ def _call(model: Any, spec: Spec) -> None:
         )
         try:
             if without:
-                compute_output_spec(model, inputs)
+                private.compute_output_spec(model, inputs)
             else:
                 model(inputs)
         except Exception as e:  # the class is the user's
@@ -163,10 +158,10 @@ def _call(model: Any, spec: Spec) -> None:
 def _build_inside(layer: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
     """Builds what a layer of one's own holds and only its call does: Keras asks for the
     call alone where the class does not compute the shape of its output itself."""
-    inner = list(layer._flatten_layers())
+    inner = list(private.flatten_layers(layer))
     own = any(not type(x).__module__.startswith("keras.") for x in inner)
     if own and any(not x.built for x in inner):
-        compute_output_spec(layer.call, *args, **kwargs)
+        private.compute_output_spec(layer.call, *args, **kwargs)
 
 
 def _functional(spec: Spec) -> Any:
@@ -232,14 +227,14 @@ def _operate(spec: Spec, index: int, args: list[Any], kwargs: dict[str, Any]) ->
     todo, named = keras.tree.flatten(result), set()
     while todo:
         made = todo.pop(0)
-        history = getattr(made, "_keras_history", None)
+        history = private.keras_history(made, None)
         if history is None or id(made) in known or history.operation in named:
             continue
         operation = history.operation
         # The last node, found first, is the layer that the file has.
         operation.name = f"{name}.{len(named)}" if named else name
-        if hasattr(operation, "_auto_config"):
-            operation._auto_config.config["name"] = operation.name
+        if private.auto_config(operation, None) is not None:
+            private.auto_config(operation).config["name"] = operation.name
         named.add(operation)
-        todo += operation._inbound_nodes[history.node_index].input_tensors
+        todo += private.inbound_nodes(operation)[history.node_index].input_tensors
     return result

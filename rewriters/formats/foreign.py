@@ -15,6 +15,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from rewriters import private
+
 
 Converter = Callable[[dict[str, Any]], "Conversion"]
 _aliases: dict[str, list[tuple[Callable[[dict], bool], Converter]]] = {}
@@ -127,9 +129,8 @@ def _applications(name: str):
     """Layers that Keras keeps inside its model zoo, and models of it hold."""
 
     def convert(config):
-        from keras.src.applications import convnext
 
-        return Conversion(getattr(convnext, name), config)
+        return Conversion(private.convnext_class(name), config)
 
     return convert
 

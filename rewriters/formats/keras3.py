@@ -13,8 +13,8 @@ from typing import Any
 
 import h5py
 import keras
-from keras.src.utils.dtype_utils import dtype_size
 
+from rewriters import private
 from rewriters.errors import RewriteError, reason
 from rewriters.formats import hdf5
 from rewriters.formats.build import deferred, discard, makes_variables_of_values
@@ -151,7 +151,7 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
 
 
 def _bytes(variable: Any) -> int:
-    bits = dtype_size(keras.backend.standardize_dtype(variable.dtype))
+    bits = private.dtype_size(keras.backend.standardize_dtype(variable.dtype))
     size = bits // 8 or 1
     for n in variable.shape:
         size *= int(n)

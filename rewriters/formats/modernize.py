@@ -15,8 +15,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.utils.naming import to_snake_case
 
+from rewriters import private
 from rewriters.errors import RewriteError
 from rewriters.formats import foreign, keras1, keras2, tensorflow_ops
 from rewriters.formats.saved import Saved, has_layers
@@ -98,7 +98,9 @@ class _Translator:
         if isinstance(config, list):  # Sequential of Keras 1 and early Keras 2
             config = {"layers": config}
         config = {k: v for k, v in config.items() if k != "shared_object_id"}
-        name = safe_name(entry.get("name") or config.get("name") or to_snake_case(bare))
+        name = safe_name(
+            entry.get("name") or config.get("name") or private.to_snake_case(bare)
+        )
         custom = self._custom(names)
         if self._is_model(bare, config, custom):
             spec = self._model(bare, config, custom)
@@ -256,7 +258,6 @@ class _Translator:
         return self._byte_code(name, config)
 
     def _byte_code(self, name: str, config: dict[str, Any]) -> Spec:
-        from keras.src.utils.python_utils import func_load
 
         function = config.get("function")
         if isinstance(function, dict):
@@ -264,7 +265,7 @@ class _Translator:
             function = [inner.get(k) for k in ("code", "defaults", "closure")]
         try:
             code, defaults, closure = (list(function or []) + [None] * 3)[:3]
-            loaded = func_load(code, defaults=defaults, closure=closure)
+            loaded = private.func_load(code, defaults=defaults, closure=closure)
         except Exception:  # byte code of another Python can fail in any way
             self.refused.append(name)
             return Spec(name, "Lambda", keras.layers.Lambda)

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import keras
-from keras.src.models.functional import Functional
 
+from rewriters import private
 from rewriters.errors import RewriteError
 from rewriters.formats import keras1
 from rewriters.formats.saved import Array
@@ -32,7 +32,7 @@ def weights(layer: Any) -> list[Any]:
 
 
 def _in_order(layer: Any) -> list[Any]:
-    own = layer._trainable_variables + layer._non_trainable_variables
+    own = private.own_variables(layer)
     inner = [v for x in layers_of(layer) for v in _in_order(x)]
     return inner + own if isinstance(layer, keras.Model) else own + inner
 
@@ -47,9 +47,9 @@ def layers_of(layer: Any) -> list[Any]:
     Of a class of one's own: that of its attributes as they were first set, a list where
     it was set, whatever was appended when, a dict in the order of its keys.
     """
-    if isinstance(layer, (keras.Sequential, Functional)):
+    if isinstance(layer, (keras.Sequential, private.Functional)):
         return list(layer.layers)
-    inner = list(layer._flatten_layers(include_self=False, recursive=False))
+    inner = list(private.flatten_layers(layer, include_self=False, recursive=False))
     if type(layer).__module__.startswith("keras."):
         return inner
     found: dict[int, Any] = {}

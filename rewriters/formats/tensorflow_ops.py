@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from rewriters import private
 from rewriters.formats.layers import TensorFlowFunction, TensorShape, getitem
 
 
@@ -85,8 +85,8 @@ def describe(kind: str, config: dict[str, Any]) -> str:
 def operation_class(kind: str, module: str | None) -> type | None:
     """A Keras 3 operation's class by its name, for graphs that Keras 3 wrote."""
     for name in ("numpy", "nn", "core", "math", "image", "linalg", "einops"):
-        if module in (None, f"keras.src.ops.{name}"):
-            found = getattr(importlib.import_module(f"keras.src.ops.{name}"), kind, 0)
+        if module in (None, f"{private.OPERATIONS}{name}"):
+            found = getattr(private.operation_module(name), kind, 0)
             if isinstance(found, type) and issubclass(found, keras.Operation):
                 return found
     return None
@@ -156,11 +156,13 @@ def _numbers(tensor: keras.KerasTensor, seen: dict[int, Any]) -> np.ndarray:
     if tensor.dtype not in ("int32", "int64") or None in shape or shape > (16,):
         raise _NotStatic
     if id(tensor) not in seen:
-        history = tensor._keras_history
+        history = private.keras_history(tensor)
         rule = _SIZES.get(type(history.operation).__name__)
         if rule is None:
             return np.full(shape, np.nan)
-        arguments = history.operation._inbound_nodes[history.node_index].arguments
+        arguments = private.inbound_nodes(history.operation)[
+            history.node_index
+        ].arguments
 
         def known(v: Any) -> Any:
             return _numbers(v, seen) if isinstance(v, keras.KerasTensor) else v

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from rewriters import private
 from rewriters.formats.pairing import pair
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import safe_name
@@ -169,7 +170,7 @@ def _restore_state(model: Any, saved: Saved) -> bool:
     optimizer.iterations.assign(count)
     if isinstance(optimizer, keras.optimizers.Nadam):  # follows from the steps
         rates = optimizer.beta_1 * (1 - 0.5 * 0.96 ** np.arange(1, count + 1))
-        optimizer._u_product.assign(np.prod(rates))
+        private.product_of_rates(optimizer).assign(np.prod(rates))
     return True
 
 

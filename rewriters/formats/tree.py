@@ -13,9 +13,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import keras
-from keras.src.models.functional import Functional
-from keras.src.utils.naming import to_snake_case
 
+from rewriters import private
 from rewriters.formats.hdf5 import array, child
 from rewriters.formats.pairing import Pairs, layers_of, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
@@ -41,7 +40,9 @@ class _Walk:
 
     def layer(self, layer: Any, spec: Spec, group: Any) -> None:
         self.visited.add(id(layer))
-        if spec.layers is None and isinstance(layer, (keras.Sequential, Functional)):
+        if spec.layers is None and isinstance(
+            layer, (keras.Sequential, private.Functional)
+        ):
             spec = _live_spec(layer)
         if spec.layers is not None:
             self._model(layer, spec, group)
@@ -52,7 +53,7 @@ class _Walk:
             self._attributes(layer, spec, group)
 
     def _own(self, layer: Any, group: Any) -> None:
-        own = layer._trainable_variables + layer._non_trainable_variables
+        own = private.own_variables(layer)
         own = [v for v in own if any(v is w for w in weights(layer))]
         stored = child(group, "vars") if "vars" in group else None
         indexes = sorted(stored or (), key=int)
@@ -166,7 +167,7 @@ def _inner_spec(spec: Spec, key: str, layer: Any, index: int = 0) -> Spec:
 def _live_spec(layer: Any) -> Spec:
     """What no config tells: a layer that the code of a class of one's own made."""
     spec = Spec(layer.name, type(layer).__name__, type(layer))
-    if isinstance(layer, (keras.Sequential, Functional)):
+    if isinstance(layer, (keras.Sequential, private.Functional)):
         spec.layers = [_live_spec(inner) for inner in layer.layers]
     return spec
 
@@ -177,7 +178,7 @@ def places(specs: list[Spec], twice: Collection[str] = ()) -> list[str]:
     counts: Counter[str] = Counter()
     places = []
     for spec in specs:
-        name = to_snake_case(spec.kind)
+        name = private.to_snake_case(spec.kind)
         places.append(f"{name}_{counts[name]}" if counts[name] else name)
         counts[name] += 2 if spec.name in twice else 1
     return places

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from rewriters import private
 from rewriters.formats.hdf5 import array, child
 from rewriters.formats.saved import Saved
 from rewriters.formats.spec import Spec
@@ -23,8 +24,8 @@ LAYERS = (
 def restore(model: Any, spec: Spec, saved: Saved) -> None:
     """Gives each lookup layer of `model` its stored vocabulary, and warns of none."""
     _walk(model, spec, saved, "")
-    found = [x for x in model._flatten_layers() if isinstance(x, LAYERS)]
-    inner = {id(getattr(x, "_lookup_layer", None)) for x in found}
+    found = [x for x in private.flatten_layers(model) if isinstance(x, LAYERS)]
+    inner = {id(private.lookup_layer(x, None)) for x in found}
     empty = [
         x.name
         for x in found
@@ -48,7 +49,7 @@ def _walk(layer: Any, spec: Spec, saved: Saved, place: str) -> None:
 
 
 def _set(layer: Any, saved: Saved, place: str) -> None:
-    lookup = getattr(layer, "_lookup_layer", layer)
+    lookup = private.lookup_layer(layer, layer)
     words: list[Any] = saved.assets[place].rstrip("\n").split("\n")
     if lookup.vocabulary_dtype != "string":
         words = [int(word) for word in words if word]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from rewriters import private
 from rewriters.formats import keras1, tree
 from rewriters.formats.pairing import Pairs, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
@@ -66,7 +67,7 @@ def _match_layers(model: Any, spec: Spec, saved: Saved) -> Pairs:
         if not arrays:
             continue
         if name == "":
-            variables = model._trainable_variables + model._non_trainable_variables
+            variables = private.own_variables(model)
         elif name in layers:
             variables = weights(layers[name])
         elif name in specs:  # no output needs it, as a loss that was added did
@@ -137,8 +138,8 @@ def _laid_out(model: Any, pairs: Pairs, saved: Saved) -> Pairs:
     pairs = _from_cudnn(pairs)
     owners = {
         id(v): layer
-        for layer in model._flatten_layers()
-        for v in layer._trainable_variables + layer._non_trainable_variables
+        for layer in private.flatten_layers(model)
+        for v in private.own_variables(layer)
     }
     if saved.generation == 1:
         pairs = [(v, _from_keras1(owners[id(v)], a)) for v, a in pairs]

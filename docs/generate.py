@@ -10,7 +10,10 @@ import importlib
 import inspect
 import os
 import pathlib
+import pkgutil
 import sys
+import types
+from collections.abc import Callable
 
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -123,7 +126,48 @@ def description(method) -> str:
     return "\n".join(kept).strip()
 
 
-PAGES = {"docs/methods.md": methods_page, "README.md": readme}
+def package(name: str) -> Callable[[str], str]:
+    """The `__init__` of a package of methods: its docstring, and every layer."""
+
+    def page(old: str) -> str:
+        docstring = old[: old.index('"""', 3) + 3]
+        found = importlib.import_module(name)
+        lines = [
+            docstring,
+            "# Written by `make docs`: all layers of the files here.",
+            "",
+        ]
+        for entry in pkgutil.iter_modules(found.__path__, f"{name}."):
+            for layer in layer_names(importlib.import_module(entry.name)):
+                line = f"from {entry.name} import {layer} as {layer}"
+                if len(line) > 88:
+                    line = f"from {entry.name} import (\n    {layer} as {layer},\n)"
+                lines.append(line)
+        return "\n".join(lines) + "\n"
+
+    return page
+
+
+def layer_names(module: types.ModuleType) -> list[str]:
+    """The layer classes that a file defines."""
+    import keras
+
+    return sorted(
+        name
+        for name, cls in vars(module).items()
+        if isinstance(cls, type)
+        and issubclass(cls, keras.layers.Layer)
+        and cls.__module__ == module.__name__
+        and not name.startswith("_")
+    )
+
+
+PAGES = {
+    "docs/methods.md": methods_page,
+    "README.md": readme,
+    "kerasnorm/layers/__init__.py": package("kerasnorm.layers"),
+    "kerasnorm/weights/__init__.py": package("kerasnorm.weights"),
+}
 
 
 def main() -> int:

@@ -17,8 +17,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasnorm.errors import KerasNormError, accepting
-from kerasnorm.method import Method, get
+from kerasnorm.common.errors import KerasNormError, accepting
+from kerasnorm.method.registry import Method, get
 from rewriters import private
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -130,7 +131,7 @@ def _import_keras() -> None:
     with _quiet_stderr():
         import keras
 
-        import kerasnorm  # noqa: F401
+        import kerasnorm.rewriting.apply  # noqa: F401
 
         keras.ops.zeros(())  # the first tensor finds the devices, and talks about it
 
@@ -162,9 +163,7 @@ class _Version(argparse.Action):
     """Prints the version without importing Keras."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        import kerasnorm
-
-        print(kerasnorm.__version__)
+        print(importlib.metadata.version("kerasnorm"))
         parser.exit()
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import keras
 import numpy as np
 
-import kerasnorm
 from rewriters import RewriteError, private
+from rewriters.formats import load
 
 
 def read_model(args: argparse.Namespace) -> keras.Model:
     own = {reference.partition("=") for reference in args.custom}
-    return kerasnorm.load(
+    return load(
         args.model,
         custom_objects={
             name or target.rpartition(":")[2]: imported(target)

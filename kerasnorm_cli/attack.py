@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _data(path: Path, model: Any, samples: int | None) -> tuple[Any, Any]:
     """Inputs and classes of a file, evenly spaced where there are too many."""
-    from kerasnorm.swap.data import spaced
+    from kerasnorm.common.data import spaced
     from kerasnorm_cli._work import read_data
     from rewriters import RewriteError
 

@@ -26,8 +26,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    import kerasnorm
-    from kerasnorm.method import read
+    from kerasnorm.method.registry import methods, read
+    from kerasnorm.rewriting.plan import plan as plan_of
     from kerasnorm_cli._work import describe, read_model
     from rewriters import SiteMap
 
@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> Outcome:
             "possible": Counter(str(step.fidelity) for step in plan.steps),
             "refused": Counter(str(refused.reason) for refused in plan.refused),
         }
-        for name in (kerasnorm.methods() if result["sites"] else ())
-        for plan in [kerasnorm.plan(model, name, site_map=site_map)]
+        for name in (methods() if result["sites"] else ())
+        for plan in [plan_of(model, name, site_map=site_map)]
     }
     return None, result, _show_inspection(result, args.all)
 
 
 def _show_inspection(result: dict[str, Any], every: bool) -> list[str]:
-    from kerasnorm.results import render
+    from kerasnorm.common.results import render
     from kerasnorm_cli._work import headline, shape
 
     sites = result["sites"]

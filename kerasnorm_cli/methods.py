@@ -22,12 +22,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    import kerasnorm
-    from kerasnorm.method import get
-    from kerasnorm.results import render
+    from kerasnorm.common.results import render
+    from kerasnorm.method.registry import get, methods
 
     fields = ("name", "title", "family", "paper", "invariance", "summary", "module")
-    known = kerasnorm.methods().values() if args.name is None else [get(args.name)]
+    known = methods().values() if args.name is None else [get(args.name)]
     found = [
         {**{f: getattr(m, f) for f in fields}, "aliases": list(m.aliases)}
         for m in known

@@ -107,13 +107,14 @@ def check(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    import kerasnorm
+    from kerasnorm.rewriting.apply import rewrite
+    from kerasnorm.rewriting.plan import plan as make_plan
     from kerasnorm_cli._work import read_data, read_model, write
     from rewriters import saving
 
     _check_arguments(args)
     model = read_model(args)
-    plan = kerasnorm.plan(
+    plan = make_plan(
         model,
         args.method,
         where=args.where,
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> Outcome:
         reason = "nothing could be done, nothing was written"
         return None if plan.steps else reason, result, [str(plan)]
     options = {"samples": args.samples, "epochs": args.epochs}
-    new, report = kerasnorm.rewrite(
+    new, report = rewrite(
         model,
         plan,
         data=read_data(args.data, model)[0] if args.data else None,
@@ -143,14 +144,15 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Refuses to `--set` what is an argument of `kerasnorm.plan` itself."""
-    import kerasnorm
+    from kerasnorm.common.errors import KerasNormError
+    from kerasnorm.rewriting.plan import plan
 
-    own = inspect.signature(kerasnorm.plan).parameters
+    own = inspect.signature(plan).parameters
     usage = args.parser.format_usage()
     for name, value in args.set:
         if name in own:
             option = f"--{name}"
-            raise kerasnorm.KerasNormError(
+            raise KerasNormError(
                 "--set is for arguments of the new layers",
                 got=f"{name}={value!r}",
                 fix=f"Give {option}"

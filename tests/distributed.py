@@ -17,9 +17,9 @@ import keras
 import numpy as np
 
 import kerasnorm
-from kerasnorm import replicas
-from kerasnorm.method import methods
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import methods
+from kerasnorm.numerics import replicas
 
 
 # Samples of each replica: unequal, so that nothing passes by averaging averages.

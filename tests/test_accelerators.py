@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kerasnorm import backend, numerics, testing
-from kerasnorm.method import methods
+from kerasnorm.method import testing
+from kerasnorm.method.registry import methods
+from kerasnorm.numerics import backend, moments
 
 
 # Each takes another path there: all checks of their first case, of the others' two.
@@ -21,7 +22,7 @@ def accelerator(monkeypatch):
 
 
 def compiled_moments(x, axes):
-    f = backend.compiled(lambda v: numerics.moments(v, axes))
+    f = backend.compiled(lambda v: moments.moments(v, axes))
     return [ops.convert_to_numpy(v) for v in f(x)]
 
 
@@ -31,7 +32,7 @@ def inputs(shape):
     x = rng.normal(size=shape)
     half = np.where(np.arange(shape[1])[:, None] < shape[1] // 2, 0.0, 1e3)
     # The first guess of the mean comes from every 16th element.
-    picked = np.where(np.arange(shape[1])[:, None] % numerics.STRIDE, 0.0, 1e3)
+    picked = np.where(np.arange(shape[1])[:, None] % moments.STRIDE, 0.0, 1e3)
     return {
         "standard": x,
         "far from zero": x + 1e3,

@@ -14,7 +14,7 @@ from keras import ops
 from kerasnorm import adversarial, weights
 from kerasnorm.adversarial.attack import Attack, names, read
 from kerasnorm.adversarial.checks import CODES
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 
 
 STRONG = ["apgd-t", "fab-t"]

@@ -10,7 +10,7 @@ from keras import ops
 from kerasnorm.adversarial import Ball
 from kerasnorm.adversarial.attack import Stream
 from kerasnorm.adversarial.ball import canonical
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 
 
 BOUNDS = [(0.0, 1.0), (-100.0, 100.0)]

@@ -20,7 +20,7 @@ from kerasnorm.adversarial.evaluate import evaluate
 from kerasnorm.callbacks import AdversarialEvaluation
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.callbacks.adversarial_evaluation import weight_norm
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 
 
 ATTACKS = [adversarial.pgd(steps=3), adversarial.fgsm()]

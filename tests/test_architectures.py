@@ -18,7 +18,7 @@ from zoo import randomize
 
 import kerasnorm
 import rewriters
-from kerasnorm.method import read
+from kerasnorm.method.registry import read
 from rewriters.compare import outputs
 
 

@@ -297,7 +297,7 @@ def test_a_report_appears_whole_or_not_at_all(here, monkeypatch):
     words = "rewrite model.keras gn --groups 4 -o o.keras --report r.md".split()
     assert cli.main(words) == 0
     before = (here / "r.md").read_bytes()
-    monkeypatch.setattr("kerasnorm.results.Path.write_text", broken)
+    monkeypatch.setattr("kerasnorm.common.results.Path.write_text", broken)
     assert cli.main(words) == 1
     assert (here / "r.md").read_bytes() == before and not [*here.glob(".saving_*")]
 

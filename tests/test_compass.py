@@ -19,7 +19,7 @@ import kerasnorm_cli as cli
 from kerasnorm import KerasNormError
 from kerasnorm.callbacks import PropertyMonitor
 from kerasnorm.callbacks.property_monitor import figures
-from kerasnorm.method import get
+from kerasnorm.method.registry import get
 from kerasnorm.properties import Measurement, Site, measure, rules
 from kerasnorm.properties.candidates import STUDIED, fresh, put_under
 from kerasnorm.properties.confirm import train

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 import kerasnorm
-from kerasnorm import adversarial, compilation, numerics
+from kerasnorm import adversarial
 from kerasnorm.callbacks import AdversarialEvaluation, PropertyMonitor
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common import data
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.fitting import distill
+from kerasnorm.numerics import moments
 from kerasnorm.properties import measure
-from kerasnorm.swap import data, distill
+from kerasnorm.runtime import compilation
 
 
 layers = keras.layers
@@ -240,7 +243,7 @@ def test_a_fit_compiles_as_chosen(rng, mode, make, monkeypatch):
 def test_positions_without_statistics_of_their_own_keep_their_digits(rng):
     """The mean and variance of a matrix product, at 1000 deviations from 0."""
     x = rng.normal(1000, 1, (3, 50, 4)).astype("float32")
-    mean, variance = numerics.moments(keras.ops.convert_to_tensor(x), (1,))
+    mean, variance = moments.moments(keras.ops.convert_to_tensor(x), (1,))
     exact = x.astype("float64")
     np.testing.assert_allclose(mean, exact.mean(1, keepdims=True), rtol=1e-6)
     np.testing.assert_allclose(variance, exact.var(1, keepdims=True), rtol=1e-4)

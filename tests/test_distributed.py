@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import pytest
 
-from kerasnorm.method import methods
+from kerasnorm.method.registry import methods
 
 
 pytestmark = pytest.mark.ci

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import kerasnorm
 import kerasnorm_cli as cli
-from kerasnorm import method
+from kerasnorm.method import registry
 
 
 PAGES = sorted(
@@ -83,7 +83,7 @@ def workplace(saved_model, tmp_path, monkeypatch):
 def test_python_blocks_run(page, workplace, monkeypatch):
     """Top to bottom in one namespace, as a reader would."""
     kerasnorm.methods()  # all are found before a page adds its own, for itself alone
-    monkeypatch.setattr(method, "_METHODS", dict(method._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     names = {"__name__": page.stem, "kerasnorm": kerasnorm, "keras": keras}
     names |= {"np": np, "x": workplace}
     for line, code in blocks(page, "python"):
@@ -122,5 +122,5 @@ def test_every_option_is_documented():
 
 def test_every_reason_is_documented():
     page = (ROOT / "docs/refusals.md").read_text("utf-8")
-    assert not [r for r in method.Reason if f"| {r.value} |" not in page]
-    assert not [f for f in method.Fidelity if f"| {f.value} |" not in page]
+    assert not [r for r in registry.Reason if f"| {r.value} |" not in page]
+    assert not [f for f in registry.Fidelity if f"| {f.value} |" not in page]

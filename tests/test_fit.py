@@ -12,11 +12,11 @@ import pytest
 from keras import layers
 
 import kerasnorm
-from kerasnorm.errors import KerasNormError
-from kerasnorm.swap import data as reading
-from kerasnorm.swap import linear, solve
-from kerasnorm.swap.distill import Pupil, is_linear, kind
-from kerasnorm.swap.fit import fit
+from kerasnorm.common import data as reading
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.fitting import linear, solve
+from kerasnorm.fitting.distill import Pupil, is_linear, kind
+from kerasnorm.fitting.fit import fit
 
 
 def randomize(model, rng):

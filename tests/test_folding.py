@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from keras import layers
 
-from kerasnorm.kernels import kernel_of
-from kerasnorm.method import Fidelity, Reason
-from kerasnorm.swap.apply import rewrite
-from kerasnorm.swap.plan import plan
+from kerasnorm.kernels.kernel import kernel_of
+from kerasnorm.method.registry import Fidelity, Reason
+from kerasnorm.rewriting.apply import rewrite
+from kerasnorm.rewriting.plan import plan
 from kerasnorm.weights.weight import WeightNormalization
 
 

@@ -13,7 +13,7 @@ from conftest import SHARED, sometimes
 from keras import layers, ops
 from keras_2 import save_as_keras_2_13
 
-import kerasnorm.compat  # noqa: F401 (registers converters)
+import kerasnorm.rewriting.addons  # noqa: F401 (registers converters)
 from rewriters import RewriteError, edit
 from rewriters.formats import load
 from rewriters.formats.layers import StdInstanceNormalization, hard_sigmoid_2

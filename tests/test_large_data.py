@@ -17,8 +17,8 @@ from keras import layers
 
 import kerasnorm
 from kerasnorm.adversarial import Evaluator, evaluate
-from kerasnorm.errors import KerasNormError
-from kerasnorm.swap.data import collect
+from kerasnorm.common.data import collect
+from kerasnorm.common.errors import KerasNormError
 
 
 class Drawn(keras.utils.PyDataset):

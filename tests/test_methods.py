@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import MAIN_METHODS, ROOT
 
-from kerasnorm import testing
-from kerasnorm.claims import claims
-from kerasnorm.method import get, methods
+from kerasnorm.method import testing
+from kerasnorm.method.claims import claims
+from kerasnorm.method.registry import get, methods
 
 
 # Which compiles every operation of every shape: most of the time goes there.

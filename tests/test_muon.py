@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from kerasnorm.swap.muon import Muon, orthogonal
+from kerasnorm.fitting.muon import Muon, orthogonal
 
 
 RATE = 0.01

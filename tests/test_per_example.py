@@ -11,9 +11,9 @@ import pytest
 from conftest import MAIN_METHODS
 from keras import ops
 
-from kerasnorm import backend
-from kerasnorm.method import get, methods
-from kerasnorm.testing import Subject
+from kerasnorm.method.registry import get, methods
+from kerasnorm.method.testing import Subject
+from kerasnorm.numerics import backend
 
 
 MAIN = {get(name).name for name in MAIN_METHODS}

@@ -11,7 +11,7 @@ from conftest import in_turn
 
 import kerasnorm
 import rewriters
-from kerasnorm.method import read
+from kerasnorm.method.registry import read
 
 
 HERE = Path(__file__).parent

@@ -10,8 +10,9 @@ from keras import ops
 
 import kerasnorm
 import rewriters
-from kerasnorm import backend, recurrent
-from kerasnorm.method import Reason
+from kerasnorm import recurrent
+from kerasnorm.method.registry import Reason
+from kerasnorm.numerics import backend
 from kerasnorm.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, SimpleRNN
 
 

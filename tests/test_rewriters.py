@@ -12,7 +12,7 @@ from keras import layers
 
 import kerasnorm
 import rewriters
-from kerasnorm.method import get
+from kerasnorm.method.registry import get
 from rewriters.compare import outputs
 
 

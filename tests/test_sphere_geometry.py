@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from kerasnorm import backend
+from kerasnorm.numerics import backend
 from kerasnorm.sphere import geometry as g
 
 

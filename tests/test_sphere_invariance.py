@@ -13,7 +13,7 @@ from zoo import ZOO, Block, images, randomize
 
 import kerasnorm
 import rewriters
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.sphere import scale_invariant_weights
 from kerasnorm.sphere.invariance import measure
 

@@ -10,8 +10,8 @@ from keras import layers, ops
 from zoo import ZOO, images
 
 import kerasnorm
-from kerasnorm import backend
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.numerics import backend
 from kerasnorm.sphere import (
     SGDP,
     AdamP,

@@ -14,8 +14,8 @@ from zoo import UNSAVEABLE, ZOO, images, randomize
 
 import kerasnorm
 import rewriters
-from kerasnorm.kernels import kernels_of
-from kerasnorm.method import Fidelity
+from kerasnorm.kernels.kernel import kernels_of
+from kerasnorm.method.registry import Fidelity
 from kerasnorm.sphere import scale_invariant_weights
 from kerasnorm.weights.sphere import SphereNormalization
 from rewriters.compare import nudged, outputs, relative

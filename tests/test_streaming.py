@@ -8,8 +8,9 @@ import pytest
 from conftest import mostly_ci
 from keras import ops
 
-from kerasnorm import backend, recurrent
+from kerasnorm import recurrent
 from kerasnorm.layers.streaming import StreamingNormalization
+from kerasnorm.numerics import backend
 
 
 CHANNELS = 3

@@ -16,8 +16,8 @@ from keras import layers
 
 import kerasnorm
 import rewriters
-from kerasnorm.method import Fidelity, Source, get, read
-from kerasnorm.swap.apply import verify
+from kerasnorm.method.registry import Fidelity, Source, get, read
+from kerasnorm.rewriting.verify import verify
 from rewriters.compare import outputs
 
 

@@ -9,10 +9,10 @@ from keras import layers, ops
 
 import kerasnorm
 import rewriters
-from kerasnorm import backend
-from kerasnorm.kernels import kernels_of
-from kerasnorm.method import Fidelity, methods
-from kerasnorm.reparametrized import Reparametrized
+from kerasnorm.kernels.kernel import kernels_of
+from kerasnorm.kernels.reparametrized import Reparametrized
+from kerasnorm.method.registry import Fidelity, methods
+from kerasnorm.numerics import backend
 
 
 WRAPPERS = {

@@ -24,7 +24,7 @@ from kerasnorm.adversarial.attack import (
     targeted_ratio,
 )
 from kerasnorm.adversarial.ball import per_row
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from keras import ops, random
 
-from kerasnorm import programs
 from kerasnorm.adversarial.ball import Ball, Bounds, per_row
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.runtime import programs
 
 
 Tensor = Any

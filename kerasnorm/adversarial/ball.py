@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from keras import ops, random
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 
 
 Tensor = Any

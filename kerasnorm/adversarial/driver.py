@@ -20,7 +20,7 @@ from keras import ops, tree
 from kerasnorm.adversarial.attack import Attack, Problem, Stream
 from kerasnorm.adversarial.ball import Ball, Bounds, flat, per_row, rounding
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.programs import Compiled
+from kerasnorm.runtime.programs import Compiled
 
 
 @dataclass

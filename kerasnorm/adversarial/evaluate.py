@@ -27,9 +27,9 @@ from kerasnorm.adversarial.reading import (
 )
 from kerasnorm.adversarial.square import square
 from kerasnorm.adversarial.victim import Victim, random_states
-from kerasnorm.errors import KerasNormError, count
-from kerasnorm.programs import Compiled
-from kerasnorm.swap.progress import Progress
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.progress import Progress
+from kerasnorm.runtime.programs import Compiled
 
 
 @named("standard", "autoattack")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kerasnorm.adversarial.checks import Sign
-from kerasnorm.errors import KerasNormError
-from kerasnorm.results import Result, finite
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.results import Result, finite
 
 
 @dataclass(frozen=True)

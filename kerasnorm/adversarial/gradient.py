@@ -18,7 +18,7 @@ from kerasnorm.adversarial.attack import (
     named,
 )
 from kerasnorm.adversarial.ball import flat, per_row
-from kerasnorm.errors import count
+from kerasnorm.common.errors import count
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kerasnorm import results
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common import results
+from kerasnorm.common.errors import KerasNormError
 
 
 Path = str | os.PathLike[str] | None

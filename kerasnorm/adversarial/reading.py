@@ -11,8 +11,8 @@ from keras import ops, tree
 
 from kerasnorm.adversarial.attack import Attack, read
 from kerasnorm.adversarial.ball import canonical
-from kerasnorm.errors import KerasNormError
-from kerasnorm.swap.data import batch_count, batches_of, joined
+from kerasnorm.common.data import batch_count, batches_of, joined
+from kerasnorm.common.errors import KerasNormError
 
 
 def read_settings(

@@ -8,12 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from kerasnorm import programs
 from kerasnorm.adversarial.attack import log_odds
 from kerasnorm.adversarial.ball import Ball, canonical, flat, per_row
 from kerasnorm.adversarial.reading import read_pair, read_radii
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.runtime import programs
 
 
 METHODS = ("pgd", "free")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from kerasnorm.adversarial.attack import Attack, Problem, State, Step, read
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm.errors import KerasNormError
-from kerasnorm.reparametrized import Reparametrized
-from kerasnorm.swap.data import fits, keys_of
+from kerasnorm.common.data import fits, keys_of
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels.reparametrized import Reparametrized
 from rewriters import private
 from rewriters.program import fixed_batch, is_graph
 

@@ -17,13 +17,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm import replicas
 from kerasnorm.adversarial.evaluate import Evaluator
 from kerasnorm.adversarial.evaluation import Evaluation
 from kerasnorm.adversarial.reading import pieces, read_settings
 from kerasnorm.callbacks._steps import Steps
-from kerasnorm.errors import KerasNormError, count
-from kerasnorm.swap.data import spaced
+from kerasnorm.common.data import spaced
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.numerics import replicas
 from rewriters import private
 from rewriters.transfer import innermost
 

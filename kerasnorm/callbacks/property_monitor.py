@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasnorm import replicas
 from kerasnorm.callbacks._steps import Steps
-from kerasnorm.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.numerics import replicas
 from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, Site
 from rewriters import private

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend, replicas
-from kerasnorm.errors import KerasNormError
-from kerasnorm.programs import learning_rate
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.numerics import backend, replicas
+from kerasnorm.runtime.programs import learning_rate
 from kerasnorm.sphere import geometry
 from kerasnorm.sphere.invariance import scale_invariant_weights
 from kerasnorm.sphere.spheres import Spheres

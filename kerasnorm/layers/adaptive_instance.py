@@ -6,10 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend, numerics
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Reason, Refusal, declare
+from kerasnorm.numerics import backend, moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -70,14 +70,14 @@ class AdaptiveInstanceNormalization(Normalization):
         x = ops.cast(inputs, self.statistics_dtype)
         (axis,) = self._axes(x.shape)
         mean, variance = self._moments(x, axis, mask)
-        inverse = numerics.inverse_root(variance, self.epsilon)
+        inverse = moments.inverse_root(variance, self.epsilon)
         std = offset = None
         if style is not None:
             self._check(style.shape, x.shape, axis)
             style = ops.cast(style, x.dtype)
             offset, variance = self._moments(style, axis, style_mask)
             std = ops.sqrt(variance + self.epsilon)
-        y = numerics.scale_shift(x, mean, inverse, std, offset)
+        y = moments.scale_shift(x, mean, inverse, std, offset)
         shape = [1] * len(x.shape)
         shape[axis] = x.shape[axis]
         gamma, beta = self.affine(x.dtype)
@@ -88,8 +88,8 @@ class AdaptiveInstanceNormalization(Normalization):
     def _moments(self, x, axis, mask):
         rank = len(x.shape)
         if mask is not None:
-            mask = numerics.align_mask(mask, rank, (axis,))
-        return numerics.moments(x, [a for a in range(1, rank) if a != axis], mask)
+            mask = moments.align_mask(mask, rank, (axis,))
+        return moments.moments(x, [a for a in range(1, rank) if a != axis], mask)
 
     def _check(self, style, content, axis):
         if len(style) != len(content) or style[axis] != content[axis]:

@@ -6,9 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, replicas, standardize
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments, replicas, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -76,8 +77,8 @@ class BatchNormalization(BatchStatistics):
         gamma, beta = self.affine(x.dtype)
         moving = self.moving(x.dtype)
         if not training:
-            inverse = numerics.inverse_root(moving[1], self.epsilon)
-            return numerics.scale_shift(x, moving[0], inverse, gamma, beta)
+            inverse = moments.inverse_root(moving[1], self.epsilon)
+            return moments.scale_shift(x, moving[0], inverse, gamma, beta)
         if mask is None and not replicas.together():
             y, mean, variance = standardize.columns(x, self.epsilon, gamma, beta)
             self._update(moving, mean, variance, 1.0)
@@ -87,11 +88,11 @@ class BatchNormalization(BatchStatistics):
         seen = 1.0
         if mask is not None:
             mask = ops.reshape(mask, (1, -1, mask.shape[-1]))
-            seen = numerics.seen(mask, x.dtype)
-        mean, variance = numerics.moments(x, (0, 1), mask)
+            seen = moments.seen(mask, x.dtype)
+        mean, variance = moments.moments(x, (0, 1), mask)
         self._update(moving, mean[0, 0], variance[0, 0], seen)
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        return numerics.scale_shift(x, mean, inverse, gamma, beta)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        return moments.scale_shift(x, mean, inverse, gamma, beta)
 
     def moving(self, dtype):
         """The moving mean and variance, in `dtype`."""
@@ -104,8 +105,8 @@ class BatchNormalization(BatchStatistics):
         if not (training and self.trainable):
             return moving
         mean, variance = parts
-        mean, variance = numerics.pool(mean, variance, (0,), count)
-        seen = numerics.seen(mask, mean.dtype)
+        mean, variance = moments.pool(mean, variance, (0,), count)
+        seen = moments.seen(mask, mean.dtype)
         self._update(moving, mean[0, 0], variance[0, 0], seen)
         return mean, variance
 

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.layers.switchable import parts
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -62,14 +63,14 @@ class BatchChannelNormalization(BatchNormalization):
         batch = self.pooled(instance, count, mask, training)
         a = ops.cast(self.mixture, x.dtype)
         gamma, beta = self.affine(x.dtype)
-        of_batch = a * numerics.inverse_root(batch[1], self.epsilon)
-        of_layer = (1 - a) * numerics.inverse_root(layer[1], self.epsilon)
+        of_batch = a * moments.inverse_root(batch[1], self.epsilon)
+        of_layer = (1 - a) * moments.inverse_root(layer[1], self.epsilon)
         # Two standardizations of one input are one scale and one shift of it.
         slope = of_batch + of_layer
         shift = (batch[0] - layer[0]) * of_layer
         shift = shift if gamma is None else shift * gamma
         shift = shift if beta is None else shift + beta
-        return numerics.scale_shift(x, batch[0], slope, gamma, shift)
+        return moments.scale_shift(x, batch[0], slope, gamma, shift)
 
 
 @oracles.flat

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, replicas, standardize
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, Reason, Refusal, declare
+from kerasnorm.numerics import moments, replicas, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -83,7 +84,7 @@ class BatchLayerNormalization(BatchStatistics):
         size = ops.cast(self.batch_size, x.dtype)
         mean, variance = moving
         if training and self.trainable:
-            mean, variance = numerics.moments(x, (0,), mask)
+            mean, variance = moments.moments(x, (0,), mask)
             (size,) = replicas.totals((0,), ops.cast(ops.shape(x)[0], x.dtype))
             rate = 1 - self.momentum
             if mask is not None:
@@ -92,13 +93,13 @@ class BatchLayerNormalization(BatchStatistics):
             self.moving_variance.assign(moving[1] + (variance[0] - moving[1]) * rate)
             self.batch_size.assign(size)
         of_layer = standardize.rows(x, self.epsilon) / size
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        of_batch = numerics.scale_shift(x, mean, inverse) * (1 - 1 / size)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        of_batch = moments.scale_shift(x, mean, inverse) * (1 - 1 / size)
         gamma, beta = self.affine(x.dtype)
         y = of_layer + of_batch
         y = y if gamma is None else y * gamma
         y = y if beta is None else y + beta
-        return numerics.saturate(y, self.compute_dtype)
+        return moments.saturate(y, self.compute_dtype)
 
 
 def oracle(x, weights, config, training, mask):

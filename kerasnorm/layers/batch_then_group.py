@@ -6,12 +6,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers import group
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.layers.switchable import parts
-from kerasnorm.method import Case, Reason, Refusal, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, Reason, Refusal, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -90,23 +91,23 @@ class BatchThenGroupNormalization(BatchNormalization):
         instance, _, count = parts(x, mask)
         mean, variance = self._of_batch(x, instance, count, mask, training)
         slope, beta = self.affine(x.dtype)
-        inverse = numerics.inverse_root(variance, self.epsilon)
+        inverse = moments.inverse_root(variance, self.epsilon)
         slope = inverse if slope is None else slope * inverse
         beta = 0.0 if beta is None else beta
-        level, spread = numerics.pool_groups(
+        level, spread = moments.pool_groups(
             (instance[0] - mean) * slope + beta,
             instance[1] * ops.square(slope),
             self.groups,
-            numerics.count(mask, (1,)),
+            moments.count(mask, (1,)),
         )
         size = x.shape[-1] // self.groups
         gamma, shift = (
             ops.repeat(ops.cast(v, x.dtype), size)
             for v in (self.group_gamma, self.group_beta)
         )
-        factor = gamma * numerics.inverse_root(spread, self.epsilon)
+        factor = gamma * moments.inverse_root(spread, self.epsilon)
         shift = shift + (beta - level) * factor
-        return numerics.scale_shift(x, mean, slope * factor, beta=shift)
+        return moments.scale_shift(x, mean, slope * factor, beta=shift)
 
     def _of_batch(self, x, instance, count, mask, training):
         """Moments for the batch normalization; moves the moving ones in training."""
@@ -114,10 +115,10 @@ class BatchThenGroupNormalization(BatchNormalization):
             return self.pooled(instance, count, mask, training)
         moving = self.moving(x.dtype)
         mean, variance = map(ops.stop_gradient, instance)
-        mean, variance = numerics.pool(mean, variance, (0,), count)
+        mean, variance = moments.pool(mean, variance, (0,), count)
         # About the old moving mean, as it is the estimate that will be used.
         variance = variance[0, 0] + ops.square(mean[0, 0] - moving[0])
-        self._update(moving, mean[0, 0], variance, numerics.seen(mask, x.dtype))
+        self._update(moving, mean[0, 0], variance, moments.seen(mask, x.dtype))
         return self.moving(x.dtype)
 
 

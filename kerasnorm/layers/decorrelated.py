@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.errors import count
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import count
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -81,8 +82,8 @@ class DecorrelatedBatchNormalization(BatchStatistics):
     def normalize(self, x, mask, training):
         if training and self.trainable:
             size = self.moving_whitening.shape[-1]
-            mean, centred, sigma = numerics.covariance(x, size, mask)
-            rate = (1 - self.momentum) * numerics.seen(mask, x.dtype)
+            mean, centred, sigma = moments.covariance(x, size, mask)
+            rate = (1 - self.momentum) * moments.seen(mask, x.dtype)
             old = ops.cast(self.moving_mean, x.dtype)
             self.moving_mean.assign(old + (mean[0, 0] - old) * rate)
             rate = rate if mask is None else ops.max(rate)
@@ -98,16 +99,16 @@ class DecorrelatedBatchNormalization(BatchStatistics):
             matrix = ops.cast(self.moving_whitening, x.dtype)
             if mask is not None:
                 centred = ops.where(mask, centred, ops.zeros((), x.dtype))
-        y = numerics.rotate(centred, matrix)
+        y = moments.rotate(centred, matrix)
         gamma, beta = self.affine(x.dtype)
         y = y if gamma is None else y * gamma
         y = y if beta is None else y + beta
-        return numerics.saturate(y, self.compute_dtype)
+        return moments.saturate(y, self.compute_dtype)
 
     def whitening(self, sigma):
         """Whitening matrices of covariances, `(groups, size, size)`."""
         diagonal = self.epsilon * ops.eye(sigma.shape[-1], dtype=sigma.dtype)
-        return numerics.inverse_root_matrix(sigma + diagonal, self.epsilon)
+        return moments.inverse_root_matrix(sigma + diagonal, self.epsilon)
 
 
 def largest_divisor(channels: int, most: int) -> int:
@@ -177,7 +178,7 @@ def check_output_is_white():
 
 
 def check_gradient_where_eigenvalues_meet():
-    from kerasnorm import backend
+    from kerasnorm.numerics import backend
 
     x = np.vstack([np.eye(4), -np.eye(4)]).astype("float32")
     layer = DecorrelatedBatchNormalization()

@@ -9,11 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers.local_response import odd
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 class Smoothed(Normalization):
@@ -47,7 +48,7 @@ class Smoothed(Normalization):
     def inverse(self, variance):
         """`1 / sqrt(variance + sigma**2 + epsilon)`."""
         square = ops.square(ops.cast(self.smoothing, variance.dtype))
-        return numerics.inverse_root(variance, square + self.epsilon)
+        return moments.inverse_root(variance, square + self.epsilon)
 
     def penalize(self, centred, mask, training):
         """Adds the penalty on the centred activations to the layer's losses."""
@@ -114,7 +115,7 @@ class DivisiveNormalization(Smoothed):
         self.spatial = spatial
 
     def call(self, inputs, training=None, mask=None):
-        x, mask, back = numerics.channels_last(
+        x, mask, back = moments.channels_last(
             ops.cast(inputs, self.statistics_dtype), self._axes(inputs.shape)[0], mask
         )
         rank = len(x.shape)
@@ -126,14 +127,14 @@ class DivisiveNormalization(Smoothed):
         v, variance = (self._of_positions if spatial else self._of_units)(x, valid)
         self.penalize(v, mask, training)
         inverse = self.inverse(variance)
-        y = numerics.scale_shift(v, None, inverse, *self.affine(x.dtype))
+        y = moments.scale_shift(v, None, inverse, *self.affine(x.dtype))
         return ops.cast(back(y), self.compute_dtype)
 
     def _of_positions(self, x, valid):
         """Centred input, and variance of the window around each position."""
         # All follows from the moments of each position, one number for its channels.
         mask = None if isinstance(valid, float) else valid > 0
-        mean, variance = numerics.moments(x, (-1,), mask)
+        mean, variance = moments.moments(x, (-1,), mask)
         axes = range(1, len(x.shape) - 1)
         centre = ops.stop_gradient(ops.mean(mean, axes, keepdims=True))
         mean = mean - centre
@@ -156,10 +157,10 @@ class DivisiveNormalization(Smoothed):
 
         def total(v):
             for axis in axes:
-                v = numerics.window_sum(v, self.window, axis)
+                v = moments.window_sum(v, self.window, axis)
             return v
 
-        count = ops.maximum(total(weight), numerics.TINY)
+        count = ops.maximum(total(weight), moments.TINY)
         return lambda v: total(v * weight) / count
 
 

@@ -9,9 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, standardize
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Adoption, Case, Reason, Refusal, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Adoption, Case, Reason, Refusal, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -79,21 +80,21 @@ class EvoNormB0(BatchStatistics):
         )
 
     def normalize(self, x, mask, training):
-        mean, instance = numerics.moments(x, (1,), mask)
+        mean, instance = moments.moments(x, (1,), mask)
         variance = ops.cast(self.moving_variance, x.dtype)
         if training and self.trainable:
-            old, weight = variance, numerics.count(mask, (1,))
+            old, weight = variance, moments.count(mask, (1,))
             if mask is not None and mask.shape[-1] == 1:
                 weight = ops.sum(ops.cast(mask, x.dtype), 1, keepdims=True)
-            _, variance = numerics.pool(mean, instance, (0,), weight)
-            rate = (1 - self.momentum) * numerics.seen(mask, x.dtype)
+            _, variance = moments.pool(mean, instance, (0,), weight)
+            rate = (1 - self.momentum) * moments.seen(mask, x.dtype)
             self.moving_variance.assign(old + (variance[0, 0] - old) * rate)
-        batch = 1 / numerics.inverse_root(variance, self.epsilon)
-        own = 1 / numerics.inverse_root(instance, self.epsilon)
+        batch = 1 / moments.inverse_root(variance, self.epsilon)
+        own = 1 / moments.inverse_root(instance, self.epsilon)
         divisor = ops.maximum(batch, ops.cast(self.slope, x.dtype) * x + own)
         gamma, beta = self.affine(x.dtype)
-        y = numerics.scale_shift(x, None, 1 / divisor, gamma, beta)
-        return numerics.saturate(y, self.compute_dtype)
+        y = moments.scale_shift(x, None, 1 / divisor, gamma, beta)
+        return moments.saturate(y, self.compute_dtype)
 
 
 @oracles.flat

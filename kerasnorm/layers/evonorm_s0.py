@@ -8,9 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
 from kerasnorm.layers.group import GroupNormalization, default_groups, nearest
-from kerasnorm.method import Adoption, Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import Adoption, Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -69,9 +70,9 @@ class EvoNormS0(GroupNormalization):
     def normalize(self, x, mask, training):
         _, inverse = self.statistics(x, mask, training)
         x = x * ops.sigmoid(x * ops.cast(self.gate, x.dtype))
-        y = numerics.scale_shift(x, None, inverse, *self.affine(x.dtype))
+        y = moments.scale_shift(x, None, inverse, *self.affine(x.dtype))
         # A constant input is divided by sqrt(epsilon), which float16 may not hold.
-        return numerics.saturate(y, self.compute_dtype)
+        return moments.saturate(y, self.compute_dtype)
 
 
 def oracle(x, weights, config, training, mask):

@@ -8,10 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.layers.switchable import LOGIT, parts
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -93,7 +94,7 @@ class ExemplarNormalization(BatchNormalization):
         batch = self.pooled(instance, count, mask, training)
         bias: Any = self.logits_bias
         pairs = [instance, layer, batch][-bias.shape[0] :]
-        inverses = [numerics.inverse_root(v, self.epsilon) for _, v in pairs]
+        inverses = [moments.inverse_root(v, self.epsilon) for _, v in pairs]
         weights = self._gate(instance[0], pairs, inverses)
         slope, offset = 0.0, 0.0
         for k, (mean, _) in enumerate(pairs):
@@ -102,7 +103,7 @@ class ExemplarNormalization(BatchNormalization):
                 factor = factor * ops.cast(self.gammas, x.dtype)[k]
             slope, offset = slope + factor, offset + factor * (mean - batch[0])
         beta = 0.0 if self.beta is None else ops.cast(self.beta, x.dtype)
-        return numerics.scale_shift(x, batch[0], slope, beta=beta - offset)
+        return moments.scale_shift(x, batch[0], slope, beta=beta - offset)
 
     def _gate(self, pooled, pairs, inverses):
         """Weights `(batch, k)`; `pooled` is `(batch, 1, channels)`."""

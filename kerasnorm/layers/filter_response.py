@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics, standardize
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Adoption, Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Adoption, Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -78,11 +79,11 @@ class FilterResponseNormalization(Normalization):
             )
 
     def statistics(self, x, mask, training):
-        _, square = numerics.moments(x, (1,), mask, center=False)
+        _, square = moments.moments(x, (1,), mask, center=False)
         epsilon = self.epsilon
         if self.learned_epsilon is not None:
             epsilon = epsilon + ops.abs(ops.cast(self.learned_epsilon, x.dtype))
-        return None, numerics.inverse_root(square, epsilon)
+        return None, moments.inverse_root(square, epsilon)
 
     def normalize(self, x, mask, training):
         if mask is None and self.learned_epsilon is None:

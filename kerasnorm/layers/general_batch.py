@@ -9,11 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers import group
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments, replicas
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -121,15 +122,15 @@ class GeneralBatchNormalization(BatchStatistics):
         axis, rank = self._axes(inputs.shape)[0], len(inputs.shape)
         x = ops.cast(inputs, self.statistics_dtype)
         if mask is not None:
-            mask = numerics.align_mask(mask, rank, (axis,))
+            mask = moments.align_mask(mask, rank, (axis,))
             mask = ops.moveaxis(ops.broadcast_to(mask, ops.shape(x)), axis, -1)
         x = ops.moveaxis(x, axis, -1)
         # Axes behind the channels move up by one.
         over = [a - (a > axis) for a in self._over(rank, axis)]
         mean, variance = self.references(x, mask, over, bool(training))
         gamma, beta = self.affine(x.dtype)
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        y = numerics.scale_shift(x, mean, inverse, gamma, beta)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        y = moments.scale_shift(x, mean, inverse, gamma, beta)
         return ops.cast(ops.moveaxis(y, -1, axis), self.compute_dtype)
 
     def references(self, x, mask, over, training):
@@ -152,13 +153,13 @@ class GeneralBatchNormalization(BatchStatistics):
 
     def pooled(self, x, mask, axes):
         """Moments over `axes` and the groups of channels."""
-        mean, variance = numerics.moments(x, axes, mask)
+        mean, variance = moments.moments(x, axes, mask)
         groups = x.shape[-1] if self.groups == -1 else self.groups
         weight = 1.0
         if mask is not None:
             weight = ops.sum(ops.cast(mask, x.dtype), axes, keepdims=True)
             (weight,) = replicas.totals(axes, weight)
-        return numerics.pool_groups(mean, variance, groups, weight)
+        return moments.pool_groups(mean, variance, groups, weight)
 
 
 def pool_oracle(x, weights, config, mask, first):

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
-from kerasnorm.errors import count
+from kerasnorm.common.errors import count
 from kerasnorm.layers.batch import BatchNormalization
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments, replicas
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -70,12 +71,12 @@ class GhostBatchNormalization(BatchNormalization):
             return ops.reshape(v, (-1, size * positions, v.shape[-1]))
 
         x, mask = parts(x), None if mask is None else parts(mask)
-        mean, variance = numerics.moments(x, (1,), mask)
+        mean, variance = moments.moments(x, (1,), mask)
         there = None if mask is None else ops.any(mask, axis=1)
         self._update_in_order(mean[:, 0], variance[:, 0], there)
         gamma, beta = self.affine(x.dtype)
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        y = numerics.scale_shift(x, mean, inverse, gamma, beta)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        y = moments.scale_shift(x, mean, inverse, gamma, beta)
         y = ops.reshape(y, (-1, positions, y.shape[-1]))
         return y if whole else y[:count]
 

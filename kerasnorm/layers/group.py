@@ -7,10 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics, standardize
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -79,10 +80,10 @@ class GroupNormalization(Normalization):
 
     def statistics(self, x, mask, training):
         groups = self._groups(x)
-        mean, variance = numerics.moments(x, (1,), mask)
-        weight = numerics.count(mask, (1,))
-        mean, variance = numerics.pool_groups(mean, variance, groups, weight)
-        return mean, numerics.inverse_root(variance, self.epsilon)
+        mean, variance = moments.moments(x, (1,), mask)
+        weight = moments.count(mask, (1,))
+        mean, variance = moments.pool_groups(mean, variance, groups, weight)
+        return mean, moments.inverse_root(variance, self.epsilon)
 
 
 def nearest(groups: int, channels: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics, standardize
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers import group
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -54,8 +55,8 @@ class InstanceNormalization(Normalization):
         return standardize.samples(x, self.epsilon, *self.affine(x.dtype))
 
     def statistics(self, x, mask, training):
-        mean, variance = numerics.moments(x, (1,), mask)
-        return mean, numerics.inverse_root(variance, self.epsilon)
+        mean, variance = moments.moments(x, (1,), mask)
+        return mean, moments.inverse_root(variance, self.epsilon)
 
 
 def oracle(x, weights, config, training, mask):

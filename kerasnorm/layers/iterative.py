@@ -6,11 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics
-from kerasnorm.errors import count
+from kerasnorm.common.errors import count
 from kerasnorm.layers import decorrelated
 from kerasnorm.layers.decorrelated import DecorrelatedBatchNormalization
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.registry import Case, declare
 
 
 @keras.saving.register_keras_serializable("kerasnorm")

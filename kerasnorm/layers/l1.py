@@ -8,10 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend, moving_statistics, oracles, replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers import lp
-from kerasnorm.method import Case, declare
+from kerasnorm.method import moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend, replicas
 
 
 CORRECTION = math.sqrt(math.pi / 2)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics, standardize
 from kerasnorm.layers import group
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -52,9 +53,9 @@ class LayerNormalization(Normalization):
         gamma, beta = self.affine(x.dtype)
         if mask is None or mask.shape[-1] == 1:  # masked whole rows do not mix
             return standardize.rows(x, self.epsilon, gamma, beta)
-        mean, variance = numerics.moments(x, (-1,), mask)
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        return numerics.scale_shift(x, mean, inverse, gamma, beta)
+        mean, variance = moments.moments(x, (-1,), mask)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        return moments.scale_shift(x, mean, inverse, gamma, beta)
 
 
 def oracle(x, weights, config, training, mask):

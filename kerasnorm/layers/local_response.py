@@ -9,10 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend, moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -64,13 +65,13 @@ class LocalResponseNormalization(Normalization):
 
     def normalize(self, x, mask, training):
         def kernel(x):
-            total = numerics.window_sum(ops.square(x), self.window, -1)
-            base = ops.maximum(self.epsilon + self.alpha * total, numerics.TINY)
+            total = moments.window_sum(ops.square(x), self.window, -1)
+            base = ops.maximum(self.epsilon + self.alpha * total, moments.TINY)
             inverse = self._inverse(base)
 
             def backward(dy):
                 # A window sees what sees it.
-                seen = numerics.window_sum(dy * x * inverse / base, self.window, -1)
+                seen = moments.window_sum(dy * x * inverse / base, self.window, -1)
                 return (dy * inverse - x * seen * (2 * self.alpha * self.power),)
 
             return x * inverse, backward

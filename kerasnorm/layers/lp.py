@@ -9,17 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import (
-    adoption,
-    backend,
-    moving_statistics,
-    numerics,
-    oracles,
-    replicas,
-)
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend, moments, replicas
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -94,14 +88,14 @@ class LpBatchNormalization(BatchStatistics):
         if training and self.trainable:
             old = mean, scale
             mean, scale = self.batch_statistics(x, mask)
-            rate = (1 - self.momentum) * numerics.seen(mask, x.dtype)
+            rate = (1 - self.momentum) * moments.seen(mask, x.dtype)
             self.moving_mean.assign(old[0] + (mean[0, 0] - old[0]) * rate)
             self.moving_scale.assign(old[1] + (scale[0, 0] - old[1]) * rate)
-        return mean, 1 / ops.maximum(scale + self.epsilon, numerics.TINY)
+        return mean, 1 / ops.maximum(scale + self.epsilon, moments.TINY)
 
     def batch_statistics(self, x, mask):
         """Mean and s of the batch, `(1, 1, channels)`."""
-        mean, variance = numerics.moments(x, (0, 1), mask)
+        mean, variance = moments.moments(x, (0, 1), mask)
         deviation = ops.abs(x - mean)
         if mask is not None:
             deviation = ops.where(mask, deviation, ops.zeros((), x.dtype))
@@ -111,7 +105,7 @@ class LpBatchNormalization(BatchStatistics):
         unit = ops.where(flat, ops.ones_like(unit), unit)
         deviation = deviation / unit
         power = ops.power(deviation, self.p) if self.p != 1 else deviation
-        average, _ = numerics.moments(power, (0, 1), mask)
+        average, _ = moments.moments(power, (0, 1), mask)
         # Where all are equal, s = 0 with gradient 0.
         average = ops.where(flat, ops.ones_like(average), average)
         s = unit * ops.power(average / self.correction, 1 / self.p)

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers.batch import BatchNormalization
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -71,10 +72,10 @@ class MectaNormalization(BatchNormalization):
         mean, variance = self.moving(x.dtype)
         gamma, beta = self.affine(x.dtype)
         if training and self.trainable:
-            new = numerics.moments(x, (0, 1), mask)
+            new = moments.moments(x, (0, 1), mask)
             b = self._forget(mean, variance, *map(ops.stop_gradient, new))
             news = ops.greater(b, self.threshold)
-            b = b * numerics.seen(mask, x.dtype)
+            b = b * moments.seen(mask, x.dtype)
             mean = mean + (new[0] - mean) * b
             variance = variance + (new[1] - variance) * b
             self.moving_mean.assign(mean[0, 0])
@@ -83,9 +84,9 @@ class MectaNormalization(BatchNormalization):
                 v if v is None else ops.where(news, v, ops.stop_gradient(v))
                 for v in (gamma, beta)
             )
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        y = numerics.scale_shift(x, mean, inverse, gamma, beta)
-        return numerics.saturate(y, self.compute_dtype)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        y = moments.scale_shift(x, mean, inverse, gamma, beta)
+        return moments.saturate(y, self.compute_dtype)
 
     def _forget(self, mean, variance, new_mean, new_variance):
         if self.rate is not None:
@@ -120,7 +121,7 @@ def adopt(source, site, options):
 
 def check_gradient_with_a_fixed_rate():
     """With b = 1 it is batch normalization, gradient and all."""
-    from kerasnorm import backend
+    from kerasnorm.numerics import backend
 
     x, upstream = np.random.default_rng(0).normal(2, 3, (2, 8, 3)).astype("float32")
     results = [

@@ -8,10 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles, replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers.batch import BatchNormalization
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import backend, moments, replicas
 
 
 CONTROLS = ("clamp", "layer_scaling", None)
@@ -108,15 +109,15 @@ class OnlineNormalization(BatchNormalization):
             inside, y = self._forward(x, mask, mean, variance)
         else:
             inside = mask
-            y = (x - mean) * numerics.inverse_root(variance, self.epsilon)
+            y = (x - mean) * moments.inverse_root(variance, self.epsilon)
         y = y if gamma is None else y * gamma
         y = y if beta is None else y + beta
         if self.control == "clamp":
             y = ops.clip(y, -self.limit, self.limit)
         elif self.control == "layer_scaling":
-            _, square = numerics.moments(y, (1, 2), inside, center=False)
-            y = y * numerics.inverse_root(square, self.epsilon)
-        return numerics.saturate(y, self.compute_dtype)
+            _, square = moments.moments(y, (1, 2), inside, center=False)
+            y = y * moments.inverse_root(square, self.epsilon)
+        return moments.saturate(y, self.compute_dtype)
 
     def _forward(self, x, mask, mean, variance):
         a = self.momentum
@@ -124,16 +125,16 @@ class OnlineNormalization(BatchNormalization):
         if mask is not None:
             x = ops.where(mask, x, ops.zeros((), x.dtype))
             seen = ops.cast(ops.any(mask, 1), x.dtype)
-        m, v = (s[:, 0] for s in numerics.moments(ops.stop_gradient(x), (1,), mask))
+        m, v = (s[:, 0] for s in moments.moments(ops.stop_gradient(x), (1,), mask))
         # A sample without a valid position leaves the statistics alone.
         rate = (1 - a) * (ops.ones_like(m) if seen is None else seen)
         own, (m, v, rate) = _in_order(m, v, rate)
-        means = numerics.recurrence(1 - rate, rate * m, mean)
-        before = numerics.delayed(means, mean)
+        means = moments.recurrence(1 - rate, rate * m, mean)
+        before = moments.delayed(means, mean)
         jump = rate * (v + (1 - rate) * ops.square(m - before))
-        variances = numerics.recurrence(1 - rate, jump, variance)
-        inverse = numerics.inverse_root(
-            numerics.delayed(variances, variance), self.epsilon
+        variances = moments.recurrence(1 - rate, jump, variance)
+        inverse = moments.inverse_root(
+            moments.delayed(variances, variance), self.epsilon
         )
         self.moving_mean.assign(means[-1])
         self.moving_variance.assign(variances[-1])
@@ -153,7 +154,7 @@ class OnlineNormalization(BatchNormalization):
             """Of each sample, of all replicas; and the function that cuts."""
             with self.over_replicas():
                 return _in_order(
-                    *(numerics.moments(v, (1,), mask)[0][:, 0] for v in values)
+                    *(moments.moments(v, (1,), mask)[0][:, 0] for v in values)
                 )
 
         def kernel(x, u, v, mean, inverse):
@@ -165,12 +166,12 @@ class OnlineNormalization(BatchNormalization):
                 # Bounded: outliers beyond 1 / c would turn the control unstable.
                 own, (power, error) = averages(ops.square(y), g * y)
                 power = ops.minimum(c * power, 1.0)
-                errors = numerics.recurrence(1 - power, error, v)
-                g = g - c * ops.expand_dims(own(numerics.delayed(errors, v)), 1) * y
+                errors = moments.recurrence(1 - power, error, v)
+                g = g - c * ops.expand_dims(own(moments.delayed(errors, v)), 1) * y
                 g = g * inverse
                 own, (drift,) = averages(g)
-                drifts = numerics.recurrence(ops.full_like(drift, 1 - c), drift, u)
-                dx = g - c * ops.expand_dims(own(numerics.delayed(drifts, u)), 1)
+                drifts = moments.recurrence(ops.full_like(drift, 1 - c), drift, u)
+                dx = g - c * ops.expand_dims(own(moments.delayed(drifts, u)), 1)
                 if mask is not None:
                     dx = ops.where(mask, dx, ops.zeros((), dx.dtype))
                 if self.compute_dtype == "float16":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption
 from kerasnorm.layers.rms import RMSNormalization
-from kerasnorm.method import Case, Fidelity, declare
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import Case, Fidelity, declare
 
 
 @keras.saving.register_keras_serializable("kerasnorm")

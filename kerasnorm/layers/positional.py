@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers.layer import LayerNormalization
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments
 from rewriters import private
 
 
@@ -61,8 +62,8 @@ class PositionalNormalization(LayerNormalization):
         if not self.return_moments:
             return y
         x = ops.cast(inputs, self.statistics_dtype)
-        mean, variance = numerics.moments(x, self._axes(x.shape))
-        std = 1 / numerics.inverse_root(variance, self.epsilon)
+        mean, variance = moments.moments(x, self._axes(x.shape))
+        std = 1 / moments.inverse_root(variance, self.epsilon)
         return y, *(ops.cast(v, self.compute_dtype) for v in (mean, std))
 
     def compute_output_shape(self, input_shape):
@@ -165,12 +166,12 @@ def check_moment_shortcut_undoes_the_normalization():
     rng = np.random.default_rng(0)
     for axis, shape in ((-1, (2, 4, 3, 6)), (1, (2, 5, 4, 3))):
         inputs = keras.Input(shape[1:])
-        moments = PositionalNormalization(return_moments=True, axis=axis)(inputs)
-        if [tuple(m.shape) for m in moments] != [
-            tuple(m.shape) for m in private.keras_history(moments[0]).operation(inputs)
+        made = PositionalNormalization(return_moments=True, axis=axis)(inputs)
+        if [tuple(m.shape) for m in made] != [
+            tuple(m.shape) for m in private.keras_history(made[0]).operation(inputs)
         ]:
             raise AssertionError("output shapes")
-        model = keras.Model(inputs, MomentShortcut()(*moments))
+        model = keras.Model(inputs, MomentShortcut()(*made))
         model = keras.Model.from_config(model.get_config())
         x = rng.normal(3, 2, shape).astype("float32")
         y = ops.convert_to_numpy(model(x))

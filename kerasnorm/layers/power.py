@@ -8,10 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, Reason, Refusal, declare
+from kerasnorm.numerics import backend, moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -98,33 +99,31 @@ class PowerNormalization(BatchStatistics):
 
     def normalize(self, x, mask, training):
         if self.groups is not None:
-            _, square = numerics.moments(x[..., None], (-1,), center=False)
+            _, square = moments.moments(x[..., None], (-1,), center=False)
             zero = ops.zeros_like(square[..., 0])
-            _, square = numerics.pool_groups(zero, square[..., 0], self.groups)
-            x = x * numerics.inverse_root(square, self.epsilon)
+            _, square = moments.pool_groups(zero, square[..., 0], self.groups)
+            x = x * moments.inverse_root(square, self.epsilon)
         phi = ops.cast(self.moving_square, x.dtype)
         if training and self.trainable:
             z = self._forward(x, phi, mask)
         else:
-            z = x * numerics.inverse_root(phi, self.epsilon)
+            z = x * moments.inverse_root(phi, self.epsilon)
         gamma, beta = self.affine(x.dtype)
         z = z if gamma is None else z * gamma
         z = z if beta is None else z + beta
-        return numerics.saturate(z, self.compute_dtype)
+        return moments.saturate(z, self.compute_dtype)
 
     def _forward(self, x, phi, mask):
         if mask is not None:
             x = ops.where(mask, x, ops.zeros((), x.dtype))
-        _, now = numerics.moments(ops.stop_gradient(x), (0, 1), mask, center=False)
+        _, now = moments.moments(ops.stop_gradient(x), (0, 1), mask, center=False)
         warm = self.steps < self.warmup_steps
-        used = numerics.inverse_root(ops.where(warm, now, phi), self.epsilon)
+        used = moments.inverse_root(ops.where(warm, now, phi), self.epsilon)
         rate = 1 - self.momentum
-        rate = ops.where(warm, 1 / (self.steps + 1), rate) * numerics.seen(
-            mask, x.dtype
-        )
+        rate = ops.where(warm, 1 / (self.steps + 1), rate) * moments.seen(mask, x.dtype)
         self.moving_square.assign(phi + (now[0, 0] - phi) * rate)
         self.steps.assign(ops.minimum(self.steps + 1, self.warmup_steps))
-        own = numerics.inverse_root(now, self.epsilon)
+        own = moments.inverse_root(now, self.epsilon)
         kernel = self._controlled(mask)
         memory = ops.cast(self.control, x.dtype)
         return backend.custom_gradient(kernel)(x, memory, used, own)
@@ -138,7 +137,7 @@ class PowerNormalization(BatchStatistics):
             def backward(g):
                 g = g - c * e * z
                 with self.over_replicas():
-                    new = e + numerics.moments(g * z, (0, 1), mask)[0][0, 0]
+                    new = e + moments.moments(g * z, (0, 1), mask)[0][0, 0]
                 dx = g * own
                 if self.compute_dtype == "float16":
                     dx = ops.clip(dx, -65504.0, 65504.0)

@@ -8,9 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -93,22 +94,22 @@ class BatchRenormalization(BatchStatistics):
         moving_mean = ops.cast(self.moving_mean, x.dtype)
         moving_stddev = ops.cast(self.moving_stddev, x.dtype)
         if not (training and self.trainable):
-            return numerics.scale_shift(x, moving_mean, 1 / moving_stddev, gamma, beta)
-        mean, variance = numerics.moments(x, (0, 1), mask)
-        inverse = numerics.inverse_root(variance, self.epsilon)
+            return moments.scale_shift(x, moving_mean, 1 / moving_stddev, gamma, beta)
+        mean, variance = moments.moments(x, (0, 1), mask)
+        inverse = moments.inverse_root(variance, self.epsilon)
         stddev = ops.stop_gradient(1 / inverse)
         rmax = 1 + (self.rmax - 1) * self._progress(self.rmax_steps)
         dmax = self.dmax * self._progress(self.dmax_steps)
         r = ops.clip(stddev / moving_stddev, 1 / rmax, rmax)
         d = (ops.stop_gradient(mean) - moving_mean) / moving_stddev
         d = ops.clip(d, -dmax, dmax)
-        rate = (1 - self.momentum) * numerics.seen(mask, x.dtype)
+        rate = (1 - self.momentum) * moments.seen(mask, x.dtype)
         self.moving_mean.assign(moving_mean + (mean[0, 0] - moving_mean) * rate)
         self.moving_stddev.assign(moving_stddev + (stddev[0, 0] - moving_stddev) * rate)
         last = max(self.warmup_steps, self.rmax_steps, self.dmax_steps)
         self.steps.assign(ops.minimum(self.steps + 1, last))
         # The correction is one of the mean: x - mean + d * s / r.
-        return numerics.scale_shift(
+        return moments.scale_shift(
             x, mean - d / (inverse * r), inverse * r, gamma, beta
         )
 
@@ -162,7 +163,7 @@ def carry(source, layers):
 
 def check_gradient_holds_the_correction_fixed():
     """The paper's gradient: that of batch normalization, times r."""
-    from kerasnorm import backend
+    from kerasnorm.numerics import backend
 
     with backend.double_precision():
         rng = np.random.default_rng(0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics, standardize
-from kerasnorm.method import Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Fidelity, Reason, Refusal, declare
+from kerasnorm.numerics import moments, standardize
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -47,9 +48,9 @@ class RMSNormalization(Normalization):
         gamma, beta = self.affine(x.dtype)
         if mask is None or mask.shape[-1] == 1:  # masked whole rows do not mix
             return standardize.rows(x, self.epsilon, gamma, beta, center=False)
-        _, square = numerics.moments(x, (-1,), mask, center=False)
-        inverse = numerics.inverse_root(square, self.epsilon)
-        return numerics.scale_shift(x, None, inverse, gamma, beta)
+        _, square = moments.moments(x, (-1,), mask, center=False)
+        inverse = moments.inverse_root(square, self.epsilon)
+        return moments.scale_shift(x, None, inverse, gamma, beta)
 
 
 def oracle(x, weights, config, training, mask):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import keras
 
-from kerasnorm import adoption, moving_statistics
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers import group
 from kerasnorm.layers.general_batch import GeneralBatchNormalization, pool_oracle
-from kerasnorm.method import Adoption, Case, Fidelity, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Adoption, Case, Fidelity, Reason, Refusal, declare
 
 
 @keras.saving.register_keras_serializable("kerasnorm")

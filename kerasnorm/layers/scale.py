@@ -10,9 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, standardize
-from kerasnorm.method import Case, Fidelity, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Fidelity, declare
+from kerasnorm.numerics import standardize
 from rewriters import private
 
 

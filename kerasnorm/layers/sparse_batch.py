@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.layers.divisive import Smoothed, read_smoothed
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -52,11 +53,11 @@ class SparseBatchNormalization(Smoothed, BatchNormalization):
             moving, seen = (mean, variance), 1.0
             if mask is not None:
                 seen = ops.cast(ops.any(mask, axis=(0, 1)), x.dtype)
-            mean, variance = numerics.moments(x, (0, 1), mask)
+            mean, variance = moments.moments(x, (0, 1), mask)
             self._update(moving, mean[0, 0], variance[0, 0], seen)
             self.penalize(x - mean, mask, training)
         inverse = self.inverse(variance)
-        return numerics.scale_shift(x, mean, inverse, *self.affine(x.dtype))
+        return moments.scale_shift(x, mean, inverse, *self.affine(x.dtype))
 
 
 def oracle(x, weights, config, training, mask):

@@ -7,10 +7,11 @@ import math
 import keras
 import numpy as np
 
-from kerasnorm import adoption, numerics
 from kerasnorm.layers import group
 from kerasnorm.layers.divisive import Smoothed, read_smoothed
-from kerasnorm.method import Case, Fidelity, declare
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import Case, Fidelity, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -60,10 +61,10 @@ class SparseLayerNormalization(Smoothed):
         axes = self._axes_of_mean
         # Masked whole rows do not mix where each row is by itself.
         mixing = mask is not None and (len(axes) > 1 or mask.shape[-1] != 1)
-        mean, variance = numerics.moments(x, axes, mask if mixing else None)
+        mean, variance = moments.moments(x, axes, mask if mixing else None)
         self.penalize(x - mean, mask, training)
         inverse = self.inverse(variance)
-        return numerics.scale_shift(x, mean, inverse, *self.affine(x.dtype))
+        return moments.scale_shift(x, mean, inverse, *self.affine(x.dtype))
 
 
 def oracle(x, weights, config, training, mask):

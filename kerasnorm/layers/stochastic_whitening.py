@@ -6,11 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers.batch import BatchNormalization
 from kerasnorm.layers.decorrelated import largest_divisor
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -96,24 +97,24 @@ class StochasticWhiteningBatchNormalization(BatchNormalization):
         learns = training and self.trainable
         if learns:
             old = mean, variance
-            mean, variance = numerics.moments(x, (0, 1), mask)
-            seen = numerics.seen(mask, x.dtype)
+            mean, variance = moments.moments(x, (0, 1), mask)
+            seen = moments.seen(mask, x.dtype)
             self._update(old, mean[0, 0], variance[0, 0], seen)
-        h = (x - mean) * numerics.inverse_root(variance, self.epsilon)
+        h = (x - mean) * moments.inverse_root(variance, self.epsilon)
         if mask is not None:
             h = ops.where(mask, h, ops.zeros((), x.dtype))
         if learns:
             matrix = self._step(ops.stop_gradient(h), matrix, mask)
             self.whitening.assign(matrix)
-        y = numerics.rotate(h, matrix)
+        y = moments.rotate(h, matrix)
         gamma, beta = self.affine(x.dtype)
         y = y if gamma is None else y * gamma
         y = y if beta is None else y + beta
-        return numerics.saturate(y, self.compute_dtype)
+        return moments.saturate(y, self.compute_dtype)
 
     def _step(self, h, w, mask):
         # h has mean 0 already, and its covariance is S.
-        _, _, s = numerics.covariance(h, w.shape[-1], mask)
+        _, _, s = moments.covariance(h, w.shape[-1], mask)
         turned = ops.transpose(w, (0, 2, 1))
         error = ops.matmul(ops.matmul(w, s), turned) - ops.eye(
             w.shape[-1], dtype=w.dtype
@@ -121,9 +122,9 @@ class StochasticWhiteningBatchNormalization(BatchNormalization):
         step = ops.matmul(error, w)
         if self.criterion == "frobenius":
             norm = ops.sqrt(ops.sum(ops.square(error), (-1, -2), keepdims=True))
-            step = ops.matmul(step, s) / ops.maximum(norm, numerics.TINY)
+            step = ops.matmul(step, s) / ops.maximum(norm, moments.TINY)
         if mask is not None:
-            step = step * ops.max(numerics.seen(mask, w.dtype))
+            step = step * ops.max(moments.seen(mask, w.dtype))
         w = w - self.rate * step
         return (w + ops.transpose(w, (0, 2, 1))) / 2
 
@@ -173,7 +174,7 @@ def check_converges_to_whitening():
 
 
 def check_gradient_takes_the_matrix_as_constant():
-    from kerasnorm import backend
+    from kerasnorm.numerics import backend
 
     x, upstream = np.random.default_rng(0).normal(2, 3, (2, 8, 3)).astype("float32")
     layer = StochasticWhiteningBatchNormalization(epsilon=1e-3)

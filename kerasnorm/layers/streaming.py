@@ -8,10 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, moving_statistics, numerics, oracles, replicas
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend, moments, replicas
 
 
 # What `clock` counts: calls that saw something and passes, both since the last weight
@@ -198,7 +199,7 @@ class StreamingNormalization(BatchStatistics):
         if not (training and self.trainable):
             state = self._settled()
             mean, deviation = state["long_mean"], state["long_deviation"]
-            return numerics.scale_shift(x, mean, 1 / deviation, gamma, beta), carry
+            return moments.scale_shift(x, mean, 1 / deviation, gamma, beta), carry
         batch = _average(x, mask)
         mean, means = self._stream("mean", batch, carry[0], mask)
         distance = ops.abs(x - (mean if self.around == "stream" else batch))
@@ -208,9 +209,9 @@ class StreamingNormalization(BatchStatistics):
             self.p, lambda v: ops.power(v, self.p)
         )
         deviation = _average(power(distance), mask) + self.epsilon
-        deviation = _root(ops.maximum(deviation, numerics.TINY), self.p)
+        deviation = _root(ops.maximum(deviation, moments.TINY), self.p)
         deviation, deviations = self._stream("deviation", deviation, carry[1], mask)
-        y = numerics.scale_shift(x, mean, 1 / deviation, gamma, beta)
+        y = moments.scale_shift(x, mean, 1 / deviation, gamma, beta)
         return y, [means, deviations]
 
     def end(self, carry, training):
@@ -226,7 +227,7 @@ class StreamingNormalization(BatchStatistics):
     def _stream(self, name, now, stream, mask):
         """The mixture in use, and the stream after this call."""
         mix = _mixture(self.statistics_weights, self.gradient_weights)
-        seen = numerics.seen(mask, now.dtype) + ops.zeros_like(now)
+        seen = moments.seen(mask, now.dtype) + ops.zeros_like(now)
         return backend.custom_gradient(mix)(
             now,
             stream,
@@ -248,7 +249,7 @@ class StreamingNormalization(BatchStatistics):
             received, [k * self.long_mean.shape[0] for k in (1, 2, 3, 4)]
         )
         calls, stamps = count[0], count[1]
-        stamp = stamps / ops.maximum(calls, numerics.TINY)
+        stamp = stamps / ops.maximum(calls, moments.TINY)
         fresh = ops.abs(stamp - 1 - clock[PARITY]) < 0.25
         fresh = ops.logical_and(fresh, calls > 0)
 
@@ -264,7 +265,7 @@ class StreamingNormalization(BatchStatistics):
             state[f"long_{name}"] = decayed(old, new, self.decay, STATISTICS)
             state[f"short_{name}"] = ops.where(fresh, ops.zeros_like(short), short)
             old = _read(getattr(self, f"long_{name}_gradient"))
-            new = (parts[k] - parts[k + 2]) / ops.maximum(calls, numerics.TINY)
+            new = (parts[k] - parts[k + 2]) / ops.maximum(calls, moments.TINY)
             state[f"long_{name}_gradient"] = decayed(
                 old, new, self.gradient_decay, GRADIENTS
             )

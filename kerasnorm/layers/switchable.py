@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
 from kerasnorm.layers.batch import BatchNormalization
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 # A softmax of (0, 0, LOGIT) is (0, 0, 1) in float32: exp(-LOGIT) is below its rounding
@@ -75,7 +76,7 @@ class SwitchableNormalization(BatchNormalization):
             weights = ops.softmax(ops.cast(logits, x.dtype))
             of = [instance[k], layer[k], batch[k]][-weights.shape[0] :]
             mixed.append(sum(weights[i] * v for i, v in enumerate(of)))
-        return mixed[0], numerics.inverse_root(mixed[1], self.epsilon)
+        return mixed[0], moments.inverse_root(mixed[1], self.epsilon)
 
     normalize = Normalization.normalize
 
@@ -83,11 +84,11 @@ class SwitchableNormalization(BatchNormalization):
 def parts(x, mask):
     """Moments of each channel of each sample, of each sample, and the number of
     positions behind each of the former."""
-    instance = numerics.moments(x, (1,), mask)
+    instance = moments.moments(x, (1,), mask)
     count = 1.0
     if mask is not None:
         count = ops.sum(ops.cast(mask, x.dtype), 1, keepdims=True)
-    return instance, numerics.pool(*instance, (2,), count), count
+    return instance, moments.pool(*instance, (2,), count), count
 
 
 @oracles.flat

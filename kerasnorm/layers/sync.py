@@ -5,9 +5,9 @@ from __future__ import annotations
 import keras
 import numpy as np
 
-from kerasnorm import adoption, moving_statistics, oracles
 from kerasnorm.layers.batch import BatchNormalization
-from kerasnorm.method import Case, declare
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.registry import Case, declare
 
 
 @keras.saving.register_keras_serializable("kerasnorm")

@@ -6,10 +6,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles, replicas
-from kerasnorm.errors import KerasNormError, count
-from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, Reason, Refusal, declare
+from kerasnorm.numerics import moments, replicas
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -99,7 +100,7 @@ class TimeSpecificBatchNormalization(BatchStatistics):
         x = ops.reshape(x, shape)
         steps = self.moving_mean.shape[0]
         if training and self.trainable:
-            mean, variance = numerics.moments(x, (0, 2), mask)  # (1, T, 1, C)
+            mean, variance = moments.moments(x, (0, 2), mask)  # (1, T, 1, C)
             seen = ops.ones((1, 1), x.dtype)
             if mask is not None:
                 seen = replicas.any_valid(mask, (0, 2))  # (T, 1 or C)
@@ -140,8 +141,8 @@ class TimeSpecificBatchNormalization(BatchStatistics):
             mean = ops.take(ops.cast(self.moving_mean, x.dtype), last, axis=0)
             variance = ops.take(ops.cast(self.moving_variance, x.dtype), last, axis=0)
             return self._scaled(x, mean, variance), carry
-        mean, variance = numerics.moments(x, (0, 1), mask)
-        seen = ops.ones((1,), x.dtype) if mask is None else numerics.seen(mask, x.dtype)
+        mean, variance = moments.moments(x, (0, 1), mask)
+        seen = ops.ones((1,), x.dtype) if mask is None else moments.seen(mask, x.dtype)
         row = ops.concatenate([mean[0, 0], variance[0, 0], ops.max(seen)[None]])
         here = ops.cast(ops.equal(ops.arange(steps), time), x.dtype)[:, None]
         gathered = carry[0] + here * ops.stop_gradient(row)
@@ -162,8 +163,8 @@ class TimeSpecificBatchNormalization(BatchStatistics):
 
     def _scaled(self, x, mean, variance):
         gamma, beta = self.affine(x.dtype)
-        inverse = numerics.inverse_root(variance, self.epsilon)
-        return numerics.scale_shift(x, mean, inverse, gamma, beta)
+        inverse = moments.inverse_root(variance, self.epsilon)
+        return moments.scale_shift(x, mean, inverse, gamma, beta)
 
 
 def oracle(x, weights, config, training, mask):

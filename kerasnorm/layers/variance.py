@@ -8,9 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, moving_statistics, numerics, oracles
-from kerasnorm.method import Case, declare
-from kerasnorm.normalization import BatchStatistics
+from kerasnorm.method import adoption, moving_statistics, oracles
+from kerasnorm.method.normalization import BatchStatistics
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -61,14 +62,14 @@ class VarianceNormalization(BatchStatistics):
         variance = ops.cast(self.moving_variance, x.dtype)
         if training and self.trainable:
             old = variance
-            _, variance = numerics.moments(x, (0, 1), mask)
-            rate = (1 - self.momentum) * numerics.seen(mask, x.dtype)
+            _, variance = moments.moments(x, (0, 1), mask)
+            rate = (1 - self.momentum) * moments.seen(mask, x.dtype)
             self.moving_variance.assign(old + (variance[0, 0] - old) * rate)
-        return None, numerics.inverse_root(variance, self.epsilon)
+        return None, moments.inverse_root(variance, self.epsilon)
 
     def normalize(self, x, mask, training):
         y = super().normalize(x, mask, training)
-        return numerics.saturate(y, self.compute_dtype)
+        return moments.saturate(y, self.compute_dtype)
 
 
 @oracles.flat

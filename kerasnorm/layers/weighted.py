@@ -8,11 +8,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, backend, numerics
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.layers.group import nearest
-from kerasnorm.method import Case, Reason, Refusal, declare
-from kerasnorm.normalization import Normalization
+from kerasnorm.method import adoption
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import Case, Reason, Refusal, declare
+from kerasnorm.numerics import backend, moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -89,7 +90,7 @@ class WeightedNormalization(Normalization):
         self.bias = self.channel_weight("pool_bias", (channels,), **pool)
 
     def call(self, inputs, training=None, mask=None):
-        x, mask, back = numerics.channels_last(
+        x, mask, back = moments.channels_last(
             ops.cast(inputs, self.statistics_dtype), self._axes(inputs.shape)[0], mask
         )
         if mask is not None:
@@ -102,8 +103,8 @@ class WeightedNormalization(Normalization):
             weights.append(ops.cast(self.surround_pool, x.dtype))
         pool = backend.custom_gradient(self._pool)(ops.square(x), *weights)
         pool = pool + ops.cast(self.bias, x.dtype)
-        inverse = numerics.inverse_root(pool, self.epsilon)
-        y = numerics.scale_shift(x, None, inverse, *self.affine(x.dtype))
+        inverse = moments.inverse_root(pool, self.epsilon)
+        y = moments.scale_shift(x, None, inverse, *self.affine(x.dtype))
         return ops.cast(back(y), self.compute_dtype)
 
     def _pool(self, square, center, surround=None):

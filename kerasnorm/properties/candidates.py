@@ -12,11 +12,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Method, Reason, get, methods, read
-from kerasnorm.reparametrized import Reparametrized
-from kerasnorm.swap.apply import apply
-from kerasnorm.swap.plan import Plan, plan
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels.reparametrized import Reparametrized
+from kerasnorm.method.registry import Method, Reason, get, methods, read
+from kerasnorm.rewriting.apply import apply
+from kerasnorm.rewriting.plan import Plan, plan
 from rewriters import private
 from rewriters.edit import edit
 from rewriters.graph import SiteMap

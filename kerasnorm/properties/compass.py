@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from kerasnorm import method as registry
-from kerasnorm.errors import KerasNormError, count
-from kerasnorm.programs import one_of
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.results import Result, drawn
+from kerasnorm.method import registry
 from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
 from kerasnorm.properties.confirm import Training, train
 from kerasnorm.properties.loss import objective
 from kerasnorm.properties.measure import checked, measure
 from kerasnorm.properties.measurement import Measurement, aligned, number
-from kerasnorm.results import Result, drawn
+from kerasnorm.runtime.programs import one_of
 
 
 @dataclass(frozen=True)

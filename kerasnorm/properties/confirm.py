@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from kerasnorm.programs import one_of
+from kerasnorm.common import data as reading
 from kerasnorm.properties.loss import in_order
-from kerasnorm.swap import data as reading
+from kerasnorm.runtime.programs import one_of
 from rewriters.edit import edit
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kerasnorm import reductions
+from kerasnorm.numerics import reductions
 
 
 Array = np.ndarray

@@ -9,8 +9,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm.errors import KerasNormError
-from kerasnorm.swap.data import keys_of
+from kerasnorm.common.data import keys_of
+from kerasnorm.common.errors import KerasNormError
 from rewriters import private
 from rewriters.program import maker_of
 

@@ -10,15 +10,15 @@ import keras
 import numpy as np
 from keras import tree
 
-from kerasnorm.errors import KerasNormError, count
-from kerasnorm.method import Source, read
-from kerasnorm.programs import learning_rate
+from kerasnorm.common import data as reading
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.kernels.reparametrized import Reparametrized
+from kerasnorm.method.registry import Source, read
 from kerasnorm.properties import definitions as d
 from kerasnorm.properties.loss import in_order, summed_loss
 from kerasnorm.properties.measurement import Measurement, Site
 from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
-from kerasnorm.reparametrized import Reparametrized
-from kerasnorm.swap import data as reading
+from kerasnorm.runtime.programs import learning_rate
 from rewriters import private
 from rewriters.tracing import watching
 

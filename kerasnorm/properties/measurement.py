@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.results import Result, drawn
 from kerasnorm.properties.definitions import Growth, growth
-from kerasnorm.results import Result, drawn
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kerasnorm.results import figure as new_figure
+from kerasnorm.common.results import figure as new_figure
 
 
 if TYPE_CHECKING:

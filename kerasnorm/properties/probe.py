@@ -18,13 +18,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm import backend
-from kerasnorm.compilation import compiles
-from kerasnorm.kernels import LINEAR, kernels_of
-from kerasnorm.method import Source, read
-from kerasnorm.programs import Compiled, watched_gradients
+from kerasnorm.kernels.kernel import LINEAR, kernels_of
+from kerasnorm.kernels.reparametrized import Reparametrized
+from kerasnorm.method.registry import Source, read
+from kerasnorm.numerics import backend
 from kerasnorm.properties.definitions import gram, moments
-from kerasnorm.reparametrized import Reparametrized
+from kerasnorm.runtime.compilation import compiles
+from kerasnorm.runtime.programs import Compiled, watched_gradients
 from rewriters import private
 from rewriters.graph import SiteMap
 from rewriters.tracing import watching

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kerasnorm.method import Method
+from kerasnorm.method.registry import Method
 from kerasnorm.properties.measurement import Measurement, number
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kerasnorm.errors import KerasNormError
-from kerasnorm.flow import Flow, flows
-from kerasnorm.method import read
-from kerasnorm.results import render
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.results import render
+from kerasnorm.flow.analysis import Flow, flows
+from kerasnorm.method.registry import read
 from rewriters import private
 from rewriters.compare import nudged, outputs, relative
 

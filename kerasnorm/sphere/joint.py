@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
-from kerasnorm import backend, replicas
-from kerasnorm.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.numerics import backend, replicas
+from kerasnorm.numerics.backend import tensor
 from kerasnorm.sphere import geometry
-from kerasnorm.sphere.spheres import inverse, tensor, unless_moved
+from kerasnorm.sphere.spheres import inverse, unless_moved
 from rewriters import private
 
 

@@ -13,9 +13,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend
-from kerasnorm.errors import KerasNormError
-from kerasnorm.flow import Flow
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.flow.analysis import Flow
+from kerasnorm.numerics import backend
+from kerasnorm.numerics.backend import float_of, tensor
 from kerasnorm.sphere import geometry, joint
 from kerasnorm.sphere.invariance import scale_invariant_weights
 from kerasnorm.sphere.spheres import (
@@ -23,9 +24,7 @@ from kerasnorm.sphere.spheres import (
     bind,
     directions,
     first_radius,
-    float_of,
     inverse,
-    tensor,
     unless_moved,
 )
 from rewriters import private

@@ -11,11 +11,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend
-from kerasnorm.errors import KerasNormError
-from kerasnorm.flow import Flow
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.flow.analysis import Flow
+from kerasnorm.flow.ties import runs
 from kerasnorm.sphere import geometry
-from kerasnorm.ties import runs
 
 
 Tensor = Any
@@ -179,18 +178,6 @@ def directions(inner: Any, i: int, count: int) -> list[Any]:
     ]
     slots = [row[i] for row in rows if isinstance(row[i], keras.Variable)]
     return [s for s in slots if s.name.endswith(DIRECTIONS)]
-
-
-def tensor(variable: Any) -> Tensor:
-    """A variable's value in float32 or better."""
-    value = backend.value(variable)
-    return ops.cast(value, float_of(value.dtype))
-
-
-def float_of(dtype: Any) -> str:
-    """The type in which steps are computed."""
-    dtype = keras.backend.standardize_dtype(dtype)
-    return "float64" if dtype == "float64" else "float32"
 
 
 def inverse(x: Tensor) -> Tensor:

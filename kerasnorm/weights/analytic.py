@@ -9,11 +9,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics
-from kerasnorm.kernels import CONVOLUTIONS
-from kerasnorm.method import declare
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, linear
-from kerasnorm.wrapping import rules
+from kerasnorm.kernels.kernel import CONVOLUTIONS
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    linear,
+)
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import declare
+from kerasnorm.numerics import moments
 from rewriters.program import Program
 
 
@@ -60,12 +67,12 @@ class AnalyticNormalization(Reparametrized):
 
     def _slope(self, v, g, variance):
         square = self._sum(ops.square(v), variance)
-        return g * numerics.inverse_root(square, self.epsilon)
+        return g * moments.inverse_root(square, self.epsilon)
 
-    def _sum(self, v, moments):
+    def _sum(self, v, values):
         """Sum over a filter's inputs, the last axis of which are the channels."""
-        taps = v.shape[0] // moments.shape[0]
-        return ops.matmul(ops.tile(moments, (taps,)), v)
+        taps = v.shape[0] // values.shape[0]
+        return ops.matmul(ops.tile(values, (taps,)), v)
 
     def bias(self):
         """The bias in use: the wrapped layer's, less the mean."""
@@ -123,7 +130,7 @@ def propagate(model: Any, mean: Any = 0.0, variance: Any = 1.0) -> None:
     """
     program = Program(model)
     names = ("input_mean", "input_variance")
-    moments = {v: (np.asarray(mean), np.asarray(variance)) for v in program.inputs}
+    known = {v: (np.asarray(mean), np.asarray(variance)) for v in program.inputs}
     kept = (keras.layers.Dropout, keras.layers.Identity)
     pools = tuple(
         getattr(keras.layers, f"{kind}Pooling{n}D")
@@ -132,7 +139,7 @@ def propagate(model: Any, mean: Any = 0.0, variance: Any = 1.0) -> None:
     )
     for step in program.instructions:
         layer = step.operation
-        found = moments.get(step.inputs[0]) if step.inputs else None
+        found = known.get(step.inputs[0]) if step.inputs else None
         if isinstance(layer, AnalyticNormalization):
             if found is not None:
                 for name, value in zip(names, found, strict=True):
@@ -146,7 +153,7 @@ def propagate(model: Any, mean: Any = 0.0, variance: Any = 1.0) -> None:
         elif isinstance(layer, keras.layers.Activation) and found is not None:
             found = moments_of(layer.activation, *found)
         elif isinstance(layer, keras.layers.Add):
-            pairs = [moments.get(v) for v in step.inputs]
+            pairs = [known.get(v) for v in step.inputs]
             found = None
             if all(pair is not None for pair in pairs):
                 found = tuple(
@@ -155,7 +162,7 @@ def propagate(model: Any, mean: Any = 0.0, variance: Any = 1.0) -> None:
         elif not isinstance(layer, (*kept, *pools)):
             found = None
         if found is not None:
-            moments[step.outputs[0]] = found
+            known[step.outputs[0]] = found
 
 
 def moments_of(

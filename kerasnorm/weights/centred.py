@@ -8,9 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import numerics
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import (
+from kerasnorm.kernels.reparametrized import (
     CASES,
     CLAIMS,
     UNDECIDED,
@@ -18,7 +16,9 @@ from kerasnorm.reparametrized import (
     centred,
     oracle_of,
 )
-from kerasnorm.wrapping import rules
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -58,7 +58,7 @@ class CentredWeightNormalization(Reparametrized):
     def kernel(self, v, g=1.0):
         d = centred(v)
         square = ops.sum(ops.square(d), 0, keepdims=True)
-        return d * (g * numerics.inverse_root(square, 0.0))
+        return d * (g * moments.inverse_root(square, 0.0))
 
     def initial(self, v):
         return {"g": ops.ones_like(v[0])} if self.scale else {}

@@ -6,11 +6,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import numerics
-from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE, convolve
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, linear
-from kerasnorm.wrapping import rules
+from kerasnorm.kernels.kernel import CONVOLUTIONS, DEPTHWISE, convolve
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    linear,
+)
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 LINEAR = (keras.layers.Dense, *CONVOLUTIONS, *DEPTHWISE)
@@ -61,7 +67,7 @@ class CosineNormalization(Reparametrized):
 
     def kernel(self, v, g=1.0):
         square = ops.sum(ops.square(v), 0, keepdims=True)
-        return v * (g * numerics.inverse_root(square, 0.0))
+        return v * (g * moments.inverse_root(square, 0.0))
 
     def initial(self, v):
         return {"g": ops.ones_like(v[0])} if self.scale else {}
@@ -72,7 +78,7 @@ class CosineNormalization(Reparametrized):
     def call(self, inputs, training=None):
         layer, (kernel,) = self.layer, self.kernels
         # Any factor on a sample cancels: this one keeps squares within float16.
-        x = ops.cast(inputs, numerics.statistics_dtype(layer.compute_dtype))
+        x = ops.cast(inputs, moments.statistics_dtype(layer.compute_dtype))
         axes = tuple(range(1, len(x.shape)))
         largest = ops.max(ops.abs(x), axes, keepdims=True)
         x = x / ops.maximum(ops.stop_gradient(largest), 1e-30)
@@ -81,7 +87,7 @@ class CosineNormalization(Reparametrized):
             exchanged[id(layer.bias)] = ops.zeros(layer.bias.shape)
         y = ops.cast(self.run(exchanged, (x,), {}, training), x.dtype)
         square = self._squares(x, kernel.axis)
-        y = y * numerics.inverse_root(ops.maximum(square, 0.0), self.epsilon)
+        y = y * moments.inverse_root(ops.maximum(square, 0.0), self.epsilon)
         if layer.use_bias:
             shape = [1] * len(y.shape)
             shape[kernel.axis] = -1

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import keras
 
-from kerasnorm import adoption, folding
-from kerasnorm.method import Adoption, Fidelity, Refusal, declare
+from kerasnorm.kernels import folding
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import Adoption, Fidelity, Refusal, declare
 
 
 def adopt(source, site, options):

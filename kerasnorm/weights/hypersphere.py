@@ -8,11 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import numerics
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
-from kerasnorm.wrapping import rules
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    oracle_of,
+)
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 from rewriters import private
 
 
@@ -82,7 +88,7 @@ class HypersphereNormalization(Reparametrized):
     def normalized(self, v):
         """`v` with vectors of length 1."""
         square = ops.sum(ops.square(v), self._axis, keepdims=True)
-        return v * numerics.inverse_root(square, 0.0)
+        return v * moments.inverse_root(square, 0.0)
 
     def initial(self, v):
         return {"g": ops.full_like(v[0], self.stored_scale)} if self.scale else {}
@@ -104,7 +110,7 @@ def normalize_weights(model: Any) -> int:
         if isinstance(layer, HypersphereNormalization):
             for kernel in layer.kernels:
                 v = kernel.columns(ops.convert_to_tensor(kernel.variable))
-                v = layer.normalized(ops.cast(v, numerics.statistics_dtype(v.dtype)))
+                v = layer.normalized(ops.cast(v, moments.statistics_dtype(v.dtype)))
                 kernel.variable.assign(kernel.from_columns(v))
                 count += 1
     return count
@@ -141,7 +147,7 @@ class HypersphereResidual(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
-        dtype = numerics.statistics_dtype(self.compute_dtype)
+        dtype = moments.statistics_dtype(self.compute_dtype)
         h, f = (ops.cast(x, dtype) for x in inputs)
         rate = ops.cast(self.rate, dtype) * (self.initial_rate / self.stored_rate)
         y = _unit(h + ops.abs(rate) * (_unit(f) - h))
@@ -157,7 +163,7 @@ class HypersphereResidual(keras.layers.Layer):
 
 def _unit(x):
     square = ops.sum(ops.square(x), -1, keepdims=True)
-    return x * numerics.inverse_root(square, 0.0)
+    return x * moments.inverse_root(square, 0.0)
 
 
 def kernel_of_paper(v, weights, config, training):

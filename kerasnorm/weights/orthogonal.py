@@ -8,10 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import (
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels.reparametrized import (
     CASES,
     CLAIMS,
     UNDECIDED,
@@ -19,7 +17,9 @@ from kerasnorm.reparametrized import (
     centred,
     oracle_of,
 )
-from kerasnorm.wrapping import rules
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend
 
 
 @keras.saving.register_keras_serializable("kerasnorm")

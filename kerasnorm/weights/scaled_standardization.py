@@ -6,11 +6,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    oracle_of,
+)
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
 from kerasnorm.weights.standardization import WeightStandardization
-from kerasnorm.wrapping import rules
 from rewriters.program import Program, is_graph
 
 

@@ -22,10 +22,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, folding
-from kerasnorm.errors import KerasNormError
-from kerasnorm.kernels import Kernel, kernel_of
-from kerasnorm.method import declare
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels import folding
+from kerasnorm.kernels.kernel import Kernel, kernel_of
+from kerasnorm.method import adoption
+from kerasnorm.method.registry import declare
 from kerasnorm.weights import fold
 from rewriters.graph import SiteMap
 

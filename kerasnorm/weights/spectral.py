@@ -9,12 +9,18 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import backend, numerics
-from kerasnorm.errors import KerasNormError, count
-from kerasnorm.kernels import CONVOLUTIONS, DEPTHWISE, convolve
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
-from kerasnorm.wrapping import rules
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.kernels.kernel import CONVOLUTIONS, DEPTHWISE, convolve
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    oracle_of,
+)
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import backend, moments
 
 
 # Power iterations that start the state of a trained kernel; each costs two products.
@@ -95,7 +101,7 @@ class SpectralNormalization(Reparametrized):
         if self.norm == "matrix":
             return g * backend.custom_gradient(_inverse_norm)(v, u)
         square = ops.sum(ops.square(self.apply(v, u)))
-        return g * numerics.inverse_root(square, 0.0)
+        return g * moments.inverse_root(square, 0.0)
 
     def call(self, *args, training=None, **kwargs):
         if not self._fewer_inputs(args):
@@ -127,7 +133,7 @@ class SpectralNormalization(Reparametrized):
     def update(self, v, u, **_):
         for _ in range(self.power_iterations):
             u = self.apply(v, self.apply(v, u), u)
-            u = u * numerics.inverse_root(ops.sum(ops.square(u)), 0.0)
+            u = u * moments.inverse_root(ops.sum(ops.square(u)), 0.0)
         return {"u": u}
 
     def apply(self, v, u, like=None):
@@ -167,7 +173,7 @@ class SpectralNormalization(Reparametrized):
 def _inverse_norm(v, u):
     """`1 / ||v u||`, and its gradients, `u` being a constant."""
     left = ops.matmul(v, u)
-    inverse = numerics.inverse_root(ops.sum(ops.square(left)), 0.0)
+    inverse = moments.inverse_root(ops.sum(ops.square(left)), 0.0)
 
     def backward(d):
         # As a product of matrices it takes half as long again.

@@ -10,11 +10,21 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import adoption, numerics, wrapping
-from kerasnorm.errors import KerasNormError
-from kerasnorm.flow import Flow, flows
-from kerasnorm.kernels import Kernel, kernel_of, kernels_of
-from kerasnorm.method import (
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.flow.analysis import Flow, flows
+from kerasnorm.flow.ties import runs
+from kerasnorm.kernels import wrapping
+from kerasnorm.kernels.kernel import Kernel, kernel_of, kernels_of
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    oracle_of,
+)
+from kerasnorm.method import adoption
+from kerasnorm.method.moving_statistics import is_running
+from kerasnorm.method.registry import (
     Adoption,
     Case,
     Edit,
@@ -26,9 +36,7 @@ from kerasnorm.method import (
     declare,
     read,
 )
-from kerasnorm.moving_statistics import is_running
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
-from kerasnorm.ties import runs
+from kerasnorm.numerics import moments
 
 
 # Epsilons below this are lost beside the rounding of a variance.
@@ -87,7 +95,7 @@ class SphereNormalization(Reparametrized):
 
     def kernel(self, v, length=None):
         given = self.radius if length is None else length
-        inverse = numerics.inverse_root(self._squares(v), 0.0)
+        inverse = moments.inverse_root(self._squares(v), 0.0)
         return v * self._spread(inverse * given, v)
 
     def initial(self, v):
@@ -97,7 +105,7 @@ class SphereNormalization(Reparametrized):
         return {"length": self.lengths(v)} if self.radius == "own" else {}
 
     def absorb(self, v, w):
-        inverse = numerics.inverse_root(self._squares(w), 0.0)
+        inverse = moments.inverse_root(self._squares(w), 0.0)
         return {"v": w * self._spread(inverse, w), **self.initial(w), **self.state(w)}
 
     def lengths(self, v: Any) -> Any:

@@ -7,9 +7,7 @@ from typing import ClassVar
 import keras
 from keras import ops
 
-from kerasnorm import numerics
-from kerasnorm.method import Case, declare
-from kerasnorm.reparametrized import (
+from kerasnorm.kernels.reparametrized import (
     CASES,
     CLAIMS,
     UNDECIDED,
@@ -17,7 +15,9 @@ from kerasnorm.reparametrized import (
     centred,
     oracle_of,
 )
-from kerasnorm.wrapping import rules
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import Case, declare
+from kerasnorm.numerics import moments
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -60,7 +60,7 @@ class WeightStandardization(Reparametrized):
 
     def inverse(self, variance, fan_in):
         """What the centred filters are multiplied by."""
-        return numerics.inverse_root(variance, self.epsilon)
+        return moments.inverse_root(variance, self.epsilon)
 
     def initial(self, v):
         return {"gamma": ops.ones_like(v[0])} if self.scale else {}

@@ -8,11 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm import numerics, standardize
-from kerasnorm.errors import KerasNormError
-from kerasnorm.method import declare
-from kerasnorm.reparametrized import CASES, CLAIMS, UNDECIDED, Reparametrized, oracle_of
-from kerasnorm.wrapping import rules
+from kerasnorm.common.errors import KerasNormError
+from kerasnorm.kernels.reparametrized import (
+    CASES,
+    CLAIMS,
+    UNDECIDED,
+    Reparametrized,
+    oracle_of,
+)
+from kerasnorm.kernels.wrapping import rules
+from kerasnorm.method.registry import declare
+from kerasnorm.numerics import moments, standardize
 from rewriters.program import Program, is_graph
 
 
@@ -99,7 +105,7 @@ def initialize(model: Any, x: Any, epsilon: float = 1e-10) -> None:
         axis = kernels[0].axis % len(y.shape)
         axes = [a for a in range(len(y.shape)) if a != axis]
         mean, variance = ops.moments(y, axes)
-        inverse = numerics.inverse_root(variance, epsilon)
+        inverse = moments.inverse_root(variance, epsilon)
         # An einsum's filters run over more axes than its channels.
         shape = kernels[0].shape(kernels[0].filters)
         spread = ops.reshape(inverse, kernels[0].shape(kernels[0].channels))

@@ -22,7 +22,7 @@ import numpy as np
 from common import ROOT, cifar10
 from common import resnet as wide_resnet
 
-from kerasnorm.method import get
+from kerasnorm.method.registry import get
 from kerasnorm.properties import Measurement, Site, measure, rules
 from kerasnorm.properties.candidates import STUDIED, as_inputs, fresh, put_under
 

@@ -43,9 +43,10 @@ import timing
 from keras import layers
 
 import kerasnorm
-from kerasnorm import adversarial, backend
-from kerasnorm.method import methods
-from kerasnorm.normalization import Normalization
+from kerasnorm import adversarial
+from kerasnorm.method.normalization import Normalization
+from kerasnorm.method.registry import methods
+from kerasnorm.numerics import backend
 
 
 # Several times the cache: 50 MB on the largest GPUs, 32 to 100 MB on servers' CPUs.

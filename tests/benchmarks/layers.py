@@ -32,8 +32,8 @@ import keras
 import timing
 from keras import layers
 
-from kerasnorm import backend
-from kerasnorm.method import get
+from kerasnorm.method.registry import get
+from kerasnorm.numerics import backend
 
 
 IMAGES = [

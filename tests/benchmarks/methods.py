@@ -34,8 +34,8 @@ from keras import layers, ops
 from sklearn.datasets import load_digits
 
 import kerasnorm
-from kerasnorm import backend
-from kerasnorm.method import get
+from kerasnorm.method.registry import get
+from kerasnorm.numerics import backend
 from kerasnorm.properties.candidates import as_inputs, put_under
 
 

@@ -1,0 +1,1 @@
+"""Keeping what a model knew: closed-form fits and distillation."""

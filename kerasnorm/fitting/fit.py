@@ -1,0 +1,255 @@
+"""Keeps what a model knew through a swap: fits the new layers to the old model.
+
+Teacher (the original) and student (the rewritten copy) are walked together, one
+instruction at a time over all samples, so a whole fit costs about one forward pass of
+each. At every swapped site the student's layer is solved in closed form on the
+student's own inputs, so that it also makes up for what earlier sites lost.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kerasnorm.common import data as reading
+from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.progress import Progress
+from kerasnorm.fitting.distill import checked_views, distill
+from kerasnorm.fitting.walk import SiteFit, Walk
+from rewriters.program import fixed_batch
+
+
+# Samples that the closed-form part of each fit uses, at most.
+SAMPLES = {"affine": 1024, "refit": 2048, "distill": 2048}
+# So many paths are named in one note, at most.
+FEW = 3
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit did.
+
+    Args:
+        method: `"affine"`, `"refit"` or `"distill"`.
+        sites: one entry for each swapped layer.
+        refitted: paths of the linear layers that were solved anew.
+        samples: samples used by the closed-form part.
+        seconds: wall time of the whole fit.
+        history: losses by epoch (distill only).
+        notes: what the user should know, such as samples left out for memory.
+    """
+
+    method: str
+    sites: tuple[SiteFit, ...]
+    refitted: tuple[str, ...] = ()
+    samples: int = 0
+    seconds: float = 0.0
+    history: dict[str, list[float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def fit(
+    teacher: Any,
+    student: Any,
+    pairs: Sequence[tuple[str, Any, Any]],
+    data: Any,
+    method: str = "affine",
+    *,
+    groups: str | None = None,
+    samples: int | None = None,
+    batch_size: int = 32,
+    memory: float = 2e9,
+    epochs: int = 3,
+    learning_rate: float = 7e-3,
+    augment: Callable[..., Any] | None = None,
+    views: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
+    seed: int = 0,
+    verbose: int | bool = True,
+) -> FitResult:
+    """Fits the new layers of a rewritten model to the original, without labels.
+
+    Args:
+        teacher: the original model; left as it is.
+        student: the rewritten model, fitted in place.
+        pairs: `(path, old layer, new layer)` for each swapped layer.
+        data: inputs, see `kerasnorm.common.data.collect`; labels are ignored. Or what
+            `prepare` made of them.
+        method: `"affine"` solves gamma and beta of the new layers; `"refit"` also the
+            linear layers around them, towards the original's pre-activations;
+            `"distill"` starts with `"refit"` and then trains the student on the
+            original's outputs and on those of its swapped layers, unless that takes
+            it further away.
+        groups: `"auto"` also chooses the number of groups of each new layer that has
+            one, by the share of variance kept.
+        samples: samples for the closed-form part, spread evenly over the data; by
+            default at most 1024 for `"affine"`, 2048 otherwise.
+        batch_size: samples of one training step of `"distill"`; where the model takes
+            batches of one size alone, that size.
+        memory: bytes that live activations and the data may take. What does not fit
+            of arrays is not used by the closed-form part; of a source that comes in
+            batches a quarter is held, and `"distill"` reads it anew in each epoch. From
+            a generator, which gives its batches once, only that is used, and the
+            result says so.
+        epochs: passes over the data, of `"distill"`.
+        learning_rate: largest learning rate of `"distill"`, which rises to it over a
+            tenth of the steps and falls to zero along a cosine. A step of a kernel is
+            so many times as long as the kernel (Muon); all else takes steps of Adam.
+        augment: of `"distill"`: what to do to the inputs of each step before both
+            models see them, such as `keras.layers.RandomFlip("horizontal")`.
+        views: of `"distill"`: a function, or several, that turns inputs into others
+            which should be answered alike, such as `lambda x: x[:, :, ::-1]` for
+            images that may be mirrored. The student learns the original's mean answer
+            over the inputs and their views, which is often better than its answer to
+            one. A step costs as many times more. For outputs without positions.
+        seed: of the sampled positions and of the order of training.
+        verbose: False for no progress bar.
+
+    Raises:
+        KerasNormError: unknown method; options that cannot be; data that is empty, not
+            finite or of the wrong shape; views that are not like the inputs, or outputs
+            that have positions. Nothing has been changed then.
+    """
+    started = time.perf_counter()
+    check_options(
+        {
+            "samples": samples,
+            "batch_size": batch_size,
+            "memory": memory,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "augment": augment,
+            "seed": seed,
+        }
+    )
+    inputs = prepare(teacher, data, method, samples=samples, memory=memory)
+    batch_size = fixed_batch(teacher) or batch_size
+    views = checked_views(teacher, inputs, views)
+    history, notes = {}, []
+    with Progress(verbose) as progress:
+        walk = Walk(
+            teacher,
+            student,
+            pairs,
+            inputs.spread(samples or SAMPLES[method]),
+            refit=method != "affine",
+            groups=groups,
+            memory=memory,
+            seed=seed,
+            tick=lambda share: progress.update("fitting", share),
+        )
+        walk.run()
+        if method == "distill":
+            history["loss"], helped = distill(
+                teacher,
+                student,
+                pairs,
+                inputs,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=learning_rate,
+                augment=augment,
+                views=views,
+                seed=seed,
+                memory=memory / 16,
+                tick=lambda share: progress.update("distilling", share),
+            )
+            if not helped:
+                notes.append(
+                    "training brought the outputs no nearer to the original's: the "
+                    "weights are those of 'refit'"
+                )
+    if inputs.cut and inputs.stream is None:
+        notes.append(f"the first {len(inputs)} samples were used, to save memory")
+    if method != "affine" and not walk.refitted:
+        notes.append("no linear layer was solved")
+    for why, paths in walk.unsolved.items():
+        more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""
+        notes.append(f"not solved, {why}: {', '.join(paths[:FEW])}{more}")
+    return FitResult(
+        method,
+        tuple(walk.sites.values()),
+        tuple(walk.refitted),
+        walk.samples,
+        time.perf_counter() - started,
+        history,
+        (*notes, *walk.notes),
+    )
+
+
+def check_options(options: Any) -> None:
+    """Refuses what `fit` does not take as its further arguments.
+
+    Raises:
+        KerasNormError: no dict, unknown names, or bad values.
+    """
+    known = {
+        name: p.default
+        for name, p in inspect.signature(fit).parameters.items()
+        if p.kind is p.KEYWORD_ONLY and name not in ("groups", "verbose")
+    }
+    unknown = (
+        [k for k in options if k not in known]
+        if isinstance(options, Mapping)
+        else [options]
+    )
+    if unknown:
+        raise KerasNormError(
+            "these are no options of a fit",
+            got=", ".join(map(repr, unknown)),
+            expected=f"a dict with some of {', '.join(known)}",
+        )
+    given = {**known, **options}
+    for name in ("samples", "batch_size", "epochs"):
+        if (name, given[name]) != ("samples", None):
+            count(name, given[name])
+    for name in ("learning_rate", "memory"):
+        value = given[name]
+        if not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
+            raise KerasNormError(
+                f"not a {name.replace('_', ' ')}",
+                got=f"{name}={value!r}",
+                expected="a finite number above 0",
+            )
+    seed, augment = given["seed"], given["augment"]
+    if not (isinstance(seed, numbers.Integral) and int(seed) >= 0):
+        raise KerasNormError(
+            "not a seed", got=f"seed={seed!r}", expected="an integer of at least 0"
+        )
+    if not (augment is None or callable(augment)):
+        raise KerasNormError(
+            "not a function of the inputs",
+            got=f"augment={augment!r}",
+            expected="a layer or another callable, or None",
+        )
+
+
+def prepare(
+    model: Any,
+    data: Any,
+    method: str = "affine",
+    *,
+    samples: int | None = None,
+    memory: float = 2e9,
+) -> reading.Inputs:
+    """Reads and checks the data of a fit, before any other work; arguments as `fit`.
+
+    Raises:
+        KerasNormError: unknown method; data that is empty, not finite or of the wrong
+            shape.
+    """
+    if method not in SAMPLES:
+        raise KerasNormError(
+            "unknown fit", got=repr(method), expected=f"one of {', '.join(SAMPLES)}"
+        )
+    if isinstance(data, reading.Inputs):
+        return data
+    wanted = SAMPLES[method] if samples is None else count("samples", samples)
+    limit = None if method == "distill" else wanted
+    inputs = reading.collect(model, data, limit, memory / 4)
+    reading.whole_batch(model, min(len(inputs), wanted))
+    return inputs

@@ -1,0 +1,1 @@
+"""How scale flows through the graph of a model."""

@@ -1,0 +1,1 @@
+"""Where filters lie in a kernel; layers around one; folding into one."""

@@ -1,0 +1,1 @@
+"""Moments, reductions and what differs between backends."""

@@ -1,0 +1,1 @@
+"""Compilation through XLA, and the programs that fits and attacks run."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import keras
 from keras.src import backend as _backend
@@ -25,6 +25,7 @@ from keras.src.models.functional import Functional as Functional
 from keras.src.models.functional import (
     functional_like_constructor as functional_like_constructor,
 )
+from keras.src.saving import saving_lib as _saving_lib
 from keras.src.utils.dtype_utils import dtype_size as dtype_size
 from keras.src.utils.io_utils import print_msg as print_msg
 from keras.src.utils.naming import to_snake_case as to_snake_case
@@ -42,6 +43,15 @@ UPDATE_AVERAGES = "_update_model_variables_moving_average"
 
 _PENDING = "uninitialized_variables"
 _AUTOCAST = "autocast_scope"
+
+
+# Files.
+
+
+def load_archive(stream: IO[bytes], **how: Any) -> Any:
+    """The model in a stream of a `.keras` file; Keras's public function takes paths
+    alone. `how` as there."""
+    return _saving_lib.load_model(stream, **how)
 
 
 # Layers and graphs.

@@ -9,9 +9,10 @@ initialize(match(model, saved))    every array to its variable, shapes checked
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -20,6 +21,8 @@ from rewriters import private
 from rewriters.errors import RewriteError, reason
 from rewriters.formats import (
     archive,
+    budget,
+    files,
     hdf5,
     keras3,
     savedmodel,
@@ -79,7 +82,7 @@ def load(
     custom_objects = dict(custom_objects or {})
     lambdas = dict(lambdas or {})
     try:
-        with archive.zipped(path) as source, contextlib.closing(read(source)) as saved:
+        with _opened(path) as source, contextlib.closing(read(source)) as saved:
             if saved.generation == 3 and saved.tree is not None:
                 return keras3.load(
                     source, saved, custom_objects, lambdas, safe_mode, compile
@@ -101,25 +104,54 @@ def load(
         ) from e
 
 
-def read(path: str) -> Saved:
-    """Reads the config and finds the arrays of the saved model at `path`."""
-    place = pathlib.Path(path)
+def read(source: str | io.BytesIO) -> Saved:
+    """Reads the config and finds the arrays of the saved model in `source`: a path, or
+    an archive in memory."""
+    try:
+        return _reader(source).read(source)
+    except RewriteError:
+        raise
+    except Exception as e:
+        raise RewriteError(
+            "The file is damaged",
+            got=f"{type(e).__name__}: {reason(e)}",
+            expected="what model.save wrote, whole",
+            fix="Fetch or save it again",
+        ) from e
+
+
+def _reader(source: str | io.BytesIO) -> Any:
+    if isinstance(source, io.BytesIO):
+        return archive
+    place = pathlib.Path(source)
     if place.is_dir():
-        if (place / "saved_model.pb").exists():
-            for file in (
-                place / "saved_model.pb",
-                *place.glob("variables/variables.*"),
-            ):
-                _head(file)
-            return savedmodel.read(path)
-        raise _unknown("a directory without saved_model.pb or model.weights.h5")
-    if not place.exists():
-        raise RewriteError("There is no such file", fix="Check the path")
+        return savedmodel
     head = _head(place)
     for module in (hdf5, archive):
         if head.startswith(module.MAGIC):
-            return module.read(path)
+            return module
     raise _unknown("an empty file" if not head else f"a file that starts with {head!r}")
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[str | io.BytesIO]:
+    """The path, or an archive of the folder that `zipped=False` made, and the budget of
+    its files, each found to be a regular one inside the folder."""
+    place = pathlib.Path(path)
+    files.check_target(place)
+    if not place.is_dir():
+        with budget.opened(files.stored(place)):
+            yield path
+        return
+    kind = next((x for x in (archive, savedmodel) if x.is_folder(place)), None)
+    if kind is None:
+        raise _unknown("a directory without saved_model.pb or model.weights.h5")
+    names = list(kind.members(place))
+    found = [files.inside(place, name) for name in names]
+    for file in found:
+        _head(file)
+    with budget.opened(sum(map(files.stored, found))):
+        yield archive.zipped(place, names) if kind is archive else path
 
 
 def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model:

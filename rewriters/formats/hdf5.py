@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import h5py
 import numpy as np
 
 from rewriters.errors import RewriteError
-from rewriters.formats.probe import check_structure
+from rewriters.formats import budget
+from rewriters.formats.probe import alive, survives
 from rewriters.formats.saved import Array, Saved, check_model_entry, parse_json
 
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 
-# A dataset may be compressed, though Keras never does it. Past this size its
-# declared bytes must be in proportion to the bytes that the file really holds.
-_SMALL = 1 << 20
-_MAX_EXPANSION = 100
+# What libhdf5 packs by itself; for another filter it would load a plugin from a folder.
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE,
+    h5py.h5z.FILTER_SHUFFLE,
+    h5py.h5z.FILTER_FLETCHER32,
+    h5py.h5z.FILTER_SZIP,
+    h5py.h5z.FILTER_NBIT,
+    h5py.h5z.FILTER_SCALEOFFSET,
+    h5py.h5z.FILTER_LZF,
+}
+# Packed arrays up to this size are tried out before they are read.
+_TRIED = 1 << 24
 
 
 def read(path: str) -> Saved:
@@ -36,9 +47,93 @@ def read(path: str) -> Saved:
 
 
 def open_file(source: Any) -> h5py.File:
-    """Opens the path or stream `source` for reading, its structure tried out before."""
-    check_structure(lambda: h5py.File(source, "r"))
+    """Opens the path or stream `source` for reading, its structure tried out before.
+
+    Raises:
+        RewriteError: if the structure cannot be followed, is larger than the file can
+            hold, or leads out of the file.
+    """
+
+    def walk() -> None:
+        with h5py.File(source, "r") as file:
+            _walk(file)
+
+    survives(walk)
     return h5py.File(source, "r")
+
+
+def _walk(file: h5py.File) -> None:
+    """Touches all that a reader may: every group, link, attribute and packed array."""
+    todo: list[tuple[str, h5py.Group]] = [("/", file)]
+    seen = set()
+    while todo:
+        place, item = todo.pop()
+        with _left_to_the_reader():
+            if hash(item.id) in seen:
+                continue
+            seen.add(hash(item.id))
+            alive()
+            budget.spend("members", what=repr(place[:80]))
+            _walk_attributes(place, item)
+            if isinstance(item, h5py.Dataset):
+                _check_layout(item, place)
+                _ = item.shape, item.dtype
+                if item.chunks is not None and item.nbytes < _TRIED:
+                    budget.spend("bytes", item.nbytes, what=f"the array {place[:80]!r}")
+                    item[()]
+            if isinstance(item, h5py.Group):
+                for name in item:
+                    budget.spend("names", what=f"the links of {place[:80]!r}")
+                    check_link(item, name, place + name)
+                    with _left_to_the_reader():
+                        todo.append((f"{place}{name}/", item[name]))
+
+
+@contextlib.contextmanager
+def _left_to_the_reader() -> Iterator[None]:
+    """Errors of a part that the reader may never need, except of memory."""
+    try:
+        yield
+    except RewriteError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as e:
+        if "alloc" in str(e):
+            raise MemoryError(str(e)) from e
+
+
+def _walk_attributes(place: str, item: Any) -> None:
+    count = h5py.h5a.get_num_attrs(item.id)
+    budget.spend("names", count, what=f"the attributes of {place[:80]!r}")
+    for key in item.attrs:
+        alive()
+        with _left_to_the_reader():
+            declared = item.attrs.get_id(key)
+            size = math.prod(declared.shape or ())
+            what = f"the attribute {key[:80]!r}"
+            budget.spend("names", size, what=what)
+            budget.spend("bytes", size * declared.dtype.itemsize, what=what)
+            item.attrs[key]
+
+
+def check_link(group: h5py.Group, name: str, path: str) -> None:
+    """Raises unless `name` is in `group` itself.
+
+    h5py's own question whether a name is there opens the file that it leads to.
+    """
+    key = name.encode("utf-8", errors="surrogateescape")
+    if not group.id.links.exists(key):
+        raise _damaged(f"{path!r} is named, but not there")
+    if group.id.links.get_info(key).type != h5py.h5l.TYPE_HARD:
+        raise _outside(path)
+
+
+def _check_layout(data: h5py.Dataset, path: str) -> None:
+    plan = data.id.get_create_plist()
+    if plan.get_layout() == h5py.h5d.VIRTUAL or plan.get_external_count():
+        raise _outside(path)
+    filters = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
+    if filters - _FILTERS:
+        raise _damaged(f"{path!r} packed by the filters {sorted(filters)}")
 
 
 def _read(file: h5py.File) -> Saved:
@@ -83,15 +178,14 @@ def array(group: h5py.Group, path: str) -> Array:
     data = _follow(group, path)
     if not isinstance(data, h5py.Dataset):
         raise _damaged(f"{path!r} is not a dataset")
-    if data.external or data.is_virtual:
-        raise _outside(path)
+    _check_layout(data, path)
     if data.shape is None or data.dtype.hasobject or data.dtype.kind not in "fiubV":
         raise _damaged(f"{path!r} holds {data.dtype}, shape {data.shape}")
     declared = math.prod(data.shape) * data.dtype.itemsize
     stored = data.id.get_storage_size()
-    packed = data.chunks is not None
-    if declared > (max(_SMALL, stored * _MAX_EXPANSION) if packed else stored):
+    if data.chunks is None and declared > stored:
         raise _damaged(f"{path!r} declares {declared} bytes and stores {stored}")
+    budget.spend("bytes", declared, what=f"the array {path[-80:]!r}")
     return Array(path, tuple(data.shape), lambda: _values(data))
 
 
@@ -106,11 +200,9 @@ def _values(data: h5py.Dataset) -> np.ndarray:
 
 def _follow(group: h5py.Group, path: str) -> Any:
     for part in [p for p in path.split("/") if p]:
-        if not isinstance(group, h5py.Group) or part not in group:
+        if not isinstance(group, h5py.Group):
             raise _damaged(f"{path!r} is named, but not there")
-        link = group.get(part, getlink=True)
-        if not isinstance(link, h5py.HardLink):
-            raise _outside(path)
+        check_link(group, part, path)
         group = group[part]
     return group
 
@@ -125,6 +217,7 @@ def _names(group: h5py.Group, key: str) -> list[str]:
     while not (keys and keys[0] == key) and f"{key}{len(keys)}" in group.attrs:
         keys.append(f"{key}{len(keys)}")
     values = [v for k in keys for v in np.ravel(group.attrs[k])]
+    budget.spend("names", len(values), what=repr(key))
     return [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in values]
 
 

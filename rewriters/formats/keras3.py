@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import io
 import json
-import tempfile
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import h5py
@@ -16,7 +14,7 @@ import keras
 
 from rewriters import private
 from rewriters.errors import RewriteError, reason
-from rewriters.formats import hdf5
+from rewriters.formats import archive, hdf5
 from rewriters.formats.build import deferred, discard, makes_variables_of_values
 from rewriters.formats.earlier import by_keras, entries, translate
 from rewriters.formats.modernize import check_names, problems
@@ -31,14 +29,14 @@ _PLAIN = frozenset(
 
 
 def load(
-    path: str,
+    source: str | io.BytesIO,
     saved: Saved,
     custom_objects: dict[str, Any],
     lambdas: dict[str, Callable[..., Any]],
     safe_mode: bool,
     compile: bool,
 ) -> keras.Model:
-    """Returns the model in the Keras 3 archive at `path`.
+    """Returns the model in the Keras 3 archive `source`, a path or a stream.
 
     Classes and Lambdas are resolved over the whole config first, so that one error
     names all that is missing; then the model is built without memory, and its size
@@ -48,19 +46,21 @@ def load(
     _check_config(saved.config, given, lambdas, safe_mode)
     changed = translate(saved.config, saved.version) or bool(lambdas)
     _check_size(saved, given, safe_mode)
-    with _archive(path, saved.config, changed) as checked:
-        arguments = {"custom_objects": given, "safe_mode": safe_mode}
+    saved.close()  # its weights are in memory, as Keras's reading them is next
+    arguments = {"custom_objects": given, "safe_mode": safe_mode}
+    with archive.for_keras(source, saved.config if changed else None) as stream:
         if compile and saved.training:
             try:
-                return keras.saving.load_model(checked, compile=True, **arguments)
+                return private.load_archive(stream, compile=True, **arguments)
             except Exception as e:
-                model = keras.saving.load_model(checked, compile=False, **arguments)
+                stream.seek(0)
+                model = private.load_archive(stream, compile=False, **arguments)
                 warnings.warn(
                     f"The model is not compiled: {reason(e)}",
                     stacklevel=3,
                 )
                 return model
-        return keras.saving.load_model(checked, compile=False, **arguments)
+        return private.load_archive(stream, compile=False, **arguments)
 
 
 def _check_config(
@@ -156,20 +156,3 @@ def _bytes(variable: Any) -> int:
     for n in variable.shape:
         size *= int(n)
     return size
-
-
-@contextlib.contextmanager
-def _archive(path: str, config: dict[str, Any], changed: bool) -> Iterator[str]:
-    """The archive, or a copy of it with the name or the config that Keras takes."""
-    if path.endswith(".keras") and not changed:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        target = f"{folder}/model.keras"
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
-            for info in old.infolist():
-                if info.filename == "config.json":
-                    new.writestr(info.filename, json.dumps(config))
-                elif not info.is_dir():
-                    new.writestr(info.filename, old.read(info))
-        yield target

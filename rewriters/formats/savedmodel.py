@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from rewriters.errors import RewriteError
+from rewriters.formats.files import walk
 from rewriters.formats.saved import (
     Array,
     Saved,
@@ -22,7 +25,23 @@ from rewriters.formats.tensor_bundle import (
 )
 
 
+_GRAPH = "saved_model.pb"
+_METADATA = "keras_metadata.pb"
 _GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+
+def is_folder(folder: pathlib.Path) -> bool:
+    """Whether TensorFlow made the folder."""
+    return os.path.lexists(folder / _GRAPH)
+
+
+def members(folder: pathlib.Path) -> Iterator[str]:
+    """The places in the folder of the files that are read."""
+    yield _GRAPH
+    if os.path.lexists(folder / _METADATA):
+        yield _METADATA
+    if os.path.lexists(folder / "variables"):
+        yield from (f"variables/{place}" for place in walk(folder / "variables"))
 
 
 def read(path: str) -> Saved:
@@ -82,7 +101,7 @@ def _version(root: dict[str, Any]) -> str:
 
 def _object_graph(path: str) -> list[dict[str, Any]]:
     """Objects of the SavedModel: children by local name, metadata, variable name."""
-    model = (pathlib.Path(path) / "saved_model.pb").read_bytes()
+    model = (pathlib.Path(path) / _GRAPH).read_bytes()
     nodes = []
     for number, graph in fields(model):
         for number2, objects in fields(graph) if number == 2 else ():
@@ -120,7 +139,7 @@ def _is_layer(node: dict[str, Any]) -> bool:
 def _metadata(path: str, nodes: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Keras's JSON by object; its own file since TensorFlow 2.5, else in the graph."""
     found: dict[int, str] = {}
-    own = pathlib.Path(path) / "keras_metadata.pb"
+    own = pathlib.Path(path) / _METADATA
     if own.exists():
         for number, message in fields(own.read_bytes()):
             node = dict(fields(message)) if number == 1 else {}

@@ -117,6 +117,27 @@ def call_has_training_arg(layer: Any, *default: Any) -> Any:
     return getattr(layer, "_call_has_training_arg", *default)
 
 
+def call_context() -> Any:
+    """What the layers inside the call that runs now inherit, such as `training`."""
+    return _global_state.get_global_attribute("current_call_ctx")
+
+
+class GraphWithHook(Functional):
+    """A functional model that has a say in how its graph's operations are called."""
+
+    def call_of(self, operation: Any, wrap: Callable[[Any], Any]) -> Any:
+        """What is called for an operation; `wrap` is how Keras makes it."""
+        return wrap(operation)
+
+    def _run_through_graph(
+        self, inputs: Any, operation_fn: Any = lambda operation: operation, **more: Any
+    ) -> Any:
+        def call_of(operation: Any) -> Any:
+            return self.call_of(operation, operation_fn)
+
+        return super()._run_through_graph(inputs, call_of, **more)
+
+
 def build_shapes_dict(layer: Any, *default: Any) -> Any:
     """The shapes that a layer was built for, by argument."""
     return getattr(layer, "_build_shapes_dict", *default)

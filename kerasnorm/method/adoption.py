@@ -141,8 +141,8 @@ def forced_training(source: Source, site: Site) -> Refusal | None:
         if any(call.kwargs.get("training") is True for call in site.calls):
             return Refusal(
                 Reason.TRAINING,
-                f"{site.path} is called with training=True, so that it never uses its "
-                "moving statistics",
+                f"{site.path} is called with training=True: it uses the statistics of "
+                "the batch, at inference too",
                 "call it without `training`, then rewrite",
             )
     return None

@@ -21,6 +21,7 @@ from rewriters.errors import RewriteError, reason
 from rewriters.formats.modernize import problems
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
 from rewriters.formats.tensorflow_ops import Unsupported
+from rewriters.pinned import PinnedTraining, depends_on_training
 
 
 @contextlib.contextmanager
@@ -211,10 +212,21 @@ def _functional(spec: Spec) -> Any:
                 fix="The file is damaged: fetch or save it again",
             )
         todo = waiting
-    return spec.cls(
+    cls = PinnedTraining if spec.pinned and _pins(spec, layers) else spec.cls
+    return cls(
         inputs=map_refs(tensor, spec.inputs),
         outputs=map_refs(tensor, spec.outputs),
         name=spec.name,
+    )
+
+
+def _pins(spec: Spec, layers: dict[str, Any]) -> bool:
+    """Whether a recorded `training` makes a difference anywhere in a model."""
+    return any(
+        call.kwargs.get("training") is not None
+        for s in spec.layers or ()
+        if not s.operation and depends_on_training(layers[s.name])
+        for call in s.calls
     )
 
 

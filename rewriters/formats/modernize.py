@@ -21,6 +21,7 @@ from rewriters.errors import RewriteError
 from rewriters.formats import foreign, keras1, keras2, tensorflow_ops
 from rewriters.formats.saved import Saved, has_layers
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs, safe_name
+from rewriters.pinned import PinnedTraining
 
 
 _MODELS = ("Functional", "Model", "Network", "Container", "Sequential")
@@ -291,8 +292,12 @@ class _Translator:
     def _model(self, kind: str, config: dict[str, Any], custom: Any) -> Spec:
         if "output_layers" not in config:
             return self._sequential(config, custom)
-        if custom is None and kind not in _MODELS:
+        if custom is None and kind == PinnedTraining.__name__:
+            custom = PinnedTraining  # HDF5 files keep no package of the whole model
+        elif custom is None and kind not in _MODELS:
             self.missing[kind] = kind
+        elif custom is not None and self.generation < 3:
+            self._note_overridden(config)
         entries = config["layers"]
         layers = [self.entry(e) for e in entries]
         first = {} if self.generation == 3 else _first_node(entries, layers, config)
@@ -320,7 +325,18 @@ class _Translator:
             layers=layers,
             inputs=_ends(config["input_layers"], end),
             outputs=_ends(config["output_layers"], end),
+            pinned=self.generation < 3 and custom is None,
         )
+
+    def _note_overridden(self, config: dict[str, Any]) -> None:
+        """Notes the `training` that the calls of a custom class's graph recorded."""
+        for entry in config["layers"]:
+            calls = [_call(n, True) for n in entry.get("inbound_nodes", ())]
+            if any(c.kwargs.get("training") is not None for c in calls):
+                self.changed.append(
+                    f"{entry.get('name')} runs as the model does, whatever `training` "
+                    "its call recorded"
+                )
 
     def _sequential(self, config: dict[str, Any], custom: Any) -> Spec:
         entries = config["layers"]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rewriters.errors import RewriteError
+from rewriters.formats import budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,8 @@ def parse_json(text: str | bytes, what: str) -> Any:
     """Returns the parsed `text`, or raises a `RewriteError` naming `what`."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
+    budget.spend("bytes", len(text), what=what)
+    budget.spend("values", sum(map(text.count, "[{,:")), what=what)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:

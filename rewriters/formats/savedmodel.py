@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rewriters.errors import RewriteError
+from rewriters.formats import budget
 from rewriters.formats.files import walk
 from rewriters.formats.saved import (
     Array,
@@ -107,6 +108,7 @@ def _object_graph(path: str) -> list[dict[str, Any]]:
         for number2, objects in fields(graph) if number == 2 else ():
             for number3, node in fields(objects) if number2 == 7 else ():
                 if number3 == 1:
+                    budget.spend("members", what="the objects of saved_model.pb")
                     nodes.append(_node(node))
     if not nodes:
         raise damaged("no objects in saved_model.pb")
@@ -167,17 +169,21 @@ def _attributes(nodes) -> list[tuple[str, int]]:
     """The layers that a subclassed model holds, by the path of their attribute, as
     `"head"`, or `"blocks/0"` in a list or dict."""
     found = []
-
-    def visit(path: str, i: int) -> None:
+    todo = [
+        (name, i)
+        for name, i in nodes[0]["children"].items()
+        if not name.startswith(("layer-", "layer_with_weights-"))
+    ]
+    todo.reverse()
+    while todo:
+        path, i = todo.pop()
+        budget.spend("names", what="the attributes of the model")
+        budget.spend("bytes", len(path), what="the attributes of the model")
         if _is_layer(nodes[i]):
             found.append((path, i))
         elif nodes[i].get("identifier", "").startswith("trackable_"):
-            for key, j in nodes[i]["children"].items():
-                visit(f"{path}/{key}", j)
-
-    for name, i in nodes[0]["children"].items():
-        if not name.startswith(("layer-", "layer_with_weights-")):
-            visit(name, i)
+            held = nodes[i]["children"].items()
+            todo += reversed([(f"{path}/{key}", j) for key, j in held])
     return found
 
 
@@ -202,7 +208,9 @@ def _variables(nodes, node: int) -> list[int]:
     )
     todo, seen = [node], {node}
     while todo:
-        for i in nodes[todo.pop()]["children"].values():
+        children = nodes[todo.pop()]["children"].values()
+        budget.spend("values", len(children), what="the variables of layers")
+        for i in children:
             if "variable" in nodes[i]:
                 found.setdefault(i)
             layer = nodes[i].get("identifier", "").startswith("_tf_keras")
@@ -221,12 +229,13 @@ def _listed(nodes, node: int, kind: str) -> list[int]:
     if kind not in holder:
         return []
     items = nodes[holder[kind]]["children"]
+    budget.spend("values", len(items), what="the variables of layers")
     return [items[k] for k in sorted((k for k in items if k.isdigit()), key=int)]
 
 
 def _arrays(path: str, nodes: list[dict[str, Any]]) -> dict[int, Array]:
     """Array of each variable object, found by walking both graphs side by side."""
-    bundle = read_bundle(pathlib.Path(path) / "variables" / "variables")
+    bundle = read_bundle(pathlib.Path(path), "variables/variables")
     graph = bundle.get(_GRAPH_KEY)
     if not isinstance(graph, bytes):
         raise damaged("a checkpoint without its object graph")

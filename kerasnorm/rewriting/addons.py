@@ -119,7 +119,10 @@ _FILTERS_LAST = ("Dense", "Conv1D", "Conv2D", "Conv3D")
 def _weight(config):
     kept = {k: v for k, v in config.items() if k != "data_init"}
     places = {"vars/0": "g", "vars/1": "kernel", "vars/2": None, "layer/vars/0": "bias"}
-    return Conversion(WeightNormalization, kept, {"initialized": None, **places})
+    # A copy of the layer, which served to initialize from data.
+    unused = {"data_dep_init/": None, "_naked_clone_layer/": None}
+    rename = {"initialized": None, **unused, **places}
+    return Conversion(WeightNormalization, kept, rename)
 
 
 @alias("Addons>LayerNormLSTMCell", "LayerNormLSTMCell")

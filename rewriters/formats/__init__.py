@@ -20,6 +20,7 @@ import keras
 from rewriters import private
 from rewriters.errors import RewriteError, reason
 from rewriters.formats import (
+    adapted,
     archive,
     budget,
     files,
@@ -88,6 +89,7 @@ def load(
                     source, saved, custom_objects, lambdas, safe_mode, compile
                 )
             spec = modernize(saved, custom_objects, lambdas, safe_mode)
+            adapted.complete(spec, saved)
             model = _assemble(spec, saved, custom_objects)
             if compile:
                 training.restore(model, saved, custom_objects)

@@ -31,8 +31,9 @@ class Conversion:
         config: arguments of `cls`; a wrapped layer stays as the file has it, and is
             converted in turn.
         rename: stored variable name to the variable name of `cls`, where they
-            differ, and None for an array that is not needed. `.keras` archives of
-            Keras 2 have no names but places, such as `"layer/vars/0"`.
+            differ, and None for an array that is not needed, or for all below a
+            part, `"part/"`. `.keras` archives of Keras 2 have no names but places,
+            such as `"layer/vars/0"`.
     """
 
     cls: type
@@ -110,6 +111,22 @@ def _addons_spectral(config):
 )
 def _batch(config):
     return Conversion(_keras().BatchNormalization, config)
+
+
+@alias(
+    "BatchNormalization",
+    "BatchNormalizationV1",
+    "BatchNormalizationV2",
+    when=lambda config: (
+        isinstance(config.get("axis"), (list, tuple)) and len(config["axis"]) > 1
+    ),
+)
+def _batch_of_several_axes(config):
+    from rewriters.formats.layers import SeveralAxesBatchNormalization
+
+    gone = ("renorm", "fused", "virtual_batch_size", "adjustment")
+    kept = {k: v for k, v in config.items() if not k.startswith(gone)}
+    return Conversion(SeveralAxesBatchNormalization, kept)
 
 
 @alias("AddLoss", "AddMetric", "RandomHeight", "RandomWidth")

@@ -55,6 +55,9 @@ def modernize(kind: str, config: dict[str, Any], generation: int):
     config = {words.get(k, k): v for k, v in config.items()}
     if isinstance(config.get("axis"), (list, tuple)) and len(config["axis"]) == 1:
         config["axis"] = int(config["axis"][0])
+        if kind == "BatchNormalization" and config.get("virtual_batch_size"):
+            # It was stored as an axis of the batch cut into virtual ones.
+            config["axis"] -= config["axis"] > 0
     if kind == "BatchNormalization" and not config.get("renorm"):
         config = {k: v for k, v in config.items() if not k.startswith("renorm")}
     return _CLASSES.get(kind, kind), values(config, generation)

@@ -97,6 +97,110 @@ class StdInstanceNormalization(keras.layers.Layer):
         return {**super().get_config(), **plain, **own}
 
 
+@keras.saving.register_keras_serializable("rewriters")
+class SeveralAxesBatchNormalization(keras.layers.Layer):
+    """Batch normalization with statistics per position of several axes.
+
+    Keras 2's `BatchNormalization(axis=[1, 3])`, which Keras 3 lacks:
+    `y = gamma * (x - mean) / sqrt(variance + epsilon) + beta`. The statistics are taken
+    over the axes that are not in `axis`: those of the batch in training, moving ones
+    otherwise. The weights have the rank of the input, with length one elsewhere.
+
+    Args:
+        axis: axes that keep their own statistics, the batch's not among them.
+        momentum: of the moving statistics.
+        epsilon: added to the variance.
+        center: whether to add beta.
+        scale: whether to multiply by gamma.
+    """
+
+    def __init__(
+        self,
+        axis: list[int],
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Any = "zeros",
+        gamma_initializer: Any = "ones",
+        moving_mean_initializer: Any = "zeros",
+        moving_variance_initializer: Any = "ones",
+        beta_regularizer: Any = None,
+        gamma_regularizer: Any = None,
+        beta_constraint: Any = None,
+        gamma_constraint: Any = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.axis, self.momentum, self.epsilon = list(axis), momentum, epsilon
+        self.center, self.scale = center, scale
+        self._own = {
+            "beta_initializer": keras.initializers.get(beta_initializer),
+            "gamma_initializer": keras.initializers.get(gamma_initializer),
+            "moving_mean_initializer": keras.initializers.get(moving_mean_initializer),
+            "moving_variance_initializer": keras.initializers.get(
+                moving_variance_initializer
+            ),
+            "beta_regularizer": keras.regularizers.get(beta_regularizer),
+            "gamma_regularizer": keras.regularizers.get(gamma_regularizer),
+            "beta_constraint": keras.constraints.get(beta_constraint),
+            "gamma_constraint": keras.constraints.get(gamma_constraint),
+        }
+
+    def build(self, input_shape):
+        rank = len(input_shape)
+        kept = {a % rank for a in self.axis}
+        shape = [input_shape[i] if i in kept else 1 for i in range(rank)]
+        for name, wanted, trained in (
+            ("gamma", self.scale, True),
+            ("beta", self.center, True),
+            ("moving_mean", True, False),
+            ("moving_variance", True, False),
+        ):
+            weight = wanted and self.add_weight(
+                name=name,
+                shape=shape,
+                initializer=self._own[f"{name}_initializer"],
+                regularizer=self._own.get(f"{name}_regularizer"),
+                constraint=self._own.get(f"{name}_constraint"),
+                trainable=trained,
+                autocast=False,
+            )
+            setattr(self, name, weight if wanted else None)
+
+    def call(self, inputs, training=None):
+        x = ops.cast(inputs, "float32")
+        mean = ops.cast(self.moving_mean, "float32")
+        variance = ops.cast(self.moving_variance, "float32")
+        if training and self.trainable:
+            rank = len(inputs.shape)
+            kept = {a % rank for a in self.axis}
+            axes = [i for i in range(rank) if i not in kept]
+            rate, old = 1 - self.momentum, (mean, variance)
+            mean, variance = ops.moments(x, axes, keepdims=True)
+            self.moving_mean.assign(old[0] + (mean - old[0]) * rate)
+            self.moving_variance.assign(old[1] + (variance - old[1]) * rate)
+        x = (x - mean) * ops.rsqrt(variance + self.epsilon)
+        if self.scale:
+            x = x * ops.cast(self.gamma, "float32")
+        if self.center:
+            x = x + ops.cast(self.beta, "float32")
+        return ops.cast(x, self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        own = {k: keras.saving.serialize_keras_object(v) for k, v in self._own.items()}
+        plain = ("axis", "momentum", "epsilon", "center", "scale")
+        return {
+            **super().get_config(),
+            **{k: getattr(self, k) for k in plain},
+            **own,
+        }
+
+
 def getitem(tensor: Any, slice_spec: Any, var: Any = None) -> Any:
     """`tensor[slice_spec]`, where a slice is a dict of its start, stop and step."""
 

@@ -70,8 +70,7 @@ def modernize(
         raise error
     if translator.changed:
         warnings.warn(
-            "Training differs, as Keras 3 lacks these layers: "
-            f"{', '.join(translator.changed)}.",
+            f"Training differs under Keras 3: {', '.join(translator.changed)}.",
             stacklevel=3,
         )
     return spec
@@ -157,6 +156,8 @@ class _Translator:
             cls, config, rename = conversion.cls, conversion.config, conversion.rename
             config = keras2.modernize(cls.__name__, config, self.generation)[1]
         elif ">" not in names[0]:
+            if kind == "BatchNormalization" and config.get("virtual_batch_size"):
+                self.changed.append(f"{config.get('name')} has no virtual batches")
             kind, config = keras2.modernize(kind, config, self.generation)
             cls = self._stock(kind, config, entry.get("module"))
         if cls is None:

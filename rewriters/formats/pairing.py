@@ -98,6 +98,13 @@ def pair(variables: list[Any], arrays: list[Array], where: str) -> Pairs:
     return list(zip(variables, arrays, strict=True))
 
 
+def below(rename: dict[str, str | None], path: str) -> bool:
+    """Whether `path` leads through a part of the file that is not needed: one that
+    `rename` has with a slash, and without the numbers TensorFlow adds."""
+    parts = (re.sub(r"_\d+$", "", part) for part in path.split("/"))
+    return any(rename.get(f"{part}/", "") is None for part in parts)
+
+
 def _key(path: str, length: int) -> tuple[str, ...]:
     """The last parts of a variable's path, without the numbers TensorFlow adds."""
     parts = [p for p in re.sub(r":\d+$", "", path).split("/") if p]

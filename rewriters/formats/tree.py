@@ -16,7 +16,7 @@ import keras
 
 from rewriters import private
 from rewriters.formats.hdf5 import array, child
-from rewriters.formats.pairing import Pairs, layers_of, mismatch, pair, weights
+from rewriters.formats.pairing import Pairs, below, layers_of, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import Spec
 
@@ -210,7 +210,7 @@ def _renamed(layer: Any, spec: Spec, group: Any) -> Pairs:
     arrays = []
     for place in _arrays(group):
         name = spec.rename.get(place, place)
-        if name is not None:
+        if name is not None and not below(spec.rename, place):
             found = array(group, place)
             arrays.append(Array(name, found.shape, found.read))
     return pair(weights(layer), arrays, f"the layer {layer.name!r}")

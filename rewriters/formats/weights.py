@@ -6,13 +6,14 @@ fails. Nothing is read before all of them have.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from rewriters import private
 from rewriters.formats import keras1, tree
-from rewriters.formats.pairing import Pairs, mismatch, pair, weights
+from rewriters.formats.pairing import Pairs, below, mismatch, pair, weights
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import Spec, safe_name
 from rewriters.holders import layers_in
@@ -32,7 +33,7 @@ def match(model: Any, spec: Spec, saved: Saved) -> Pairs:
     missing = [v.path for v in weights(model) if id(v) not in done]
     if missing:
         raise mismatch("Weights are missing", f"no array for {missing[:5]}")
-    pairs = [(v, _without_leading_ones(v, a)) for v, a in pairs]
+    pairs = [(v, _without_ones(v, a)) for v, a in pairs]
     for variable, array in pairs:
         if tuple(variable.shape) != tuple(array.shape):
             raise mismatch(
@@ -42,10 +43,14 @@ def match(model: Any, spec: Spec, saved: Saved) -> Pairs:
     return pairs
 
 
-def _without_leading_ones(variable: Any, array: Array) -> Array:
-    """tensorflow-addons keeps values per channel in the shape `(1, 1, 1, channels)`."""
+def _without_ones(variable: Any, array: Array) -> Array:
+    """tensorflow-addons, and Keras with virtual batches, keep values per channel in the
+    shape `(1, 1, 1, channels)`."""
     wanted, ones = tuple(variable.shape), len(array.shape) - len(variable.shape)
-    if ones < 1 or array.shape != (1,) * ones + wanted:
+    per_channel = len(wanted) == 1 and max(array.shape, default=0) == wanted[0]
+    if ones < 1 or (array.shape != (1,) * ones + wanted and not per_channel):
+        return array
+    if math.prod(array.shape) != math.prod(wanted):
         return array
     return _read_as(array, wanted, lambda x: x.reshape(wanted))
 
@@ -116,7 +121,7 @@ def _renamed(arrays: list[Array], spec: Spec | None) -> list[Array]:
     kept = []
     for array in arrays:
         head, _, tail = array.name.removesuffix(":0").rpartition("/")
-        tail = rename.get(tail, tail)
+        tail = None if below(rename, head) else rename.get(tail, tail)
         if tail is not None:
             kept.append(Array(f"{head}/{tail}", array.shape, array.read))
     return kept

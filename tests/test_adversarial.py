@@ -14,6 +14,7 @@ from keras import ops
 from kerasnorm import adversarial, weights
 from kerasnorm.adversarial.attack import Attack, names, read
 from kerasnorm.adversarial.checks import CODES
+from kerasnorm.adversarial.driver import Runner
 from kerasnorm.common.errors import KerasNormError
 
 
@@ -633,11 +634,11 @@ BAD = {
     "bounds of another shape": ({"bounds": (np.zeros(7), np.ones(7))}, "no pair"),
     "infinite bounds": ({"bounds": (-np.inf, np.inf)}, "bounds are infinite"),
     "one infinite bound": ({"bounds": (0, [1, np.inf])}, "bounds are infinite"),
-    "batch size": ({"batch_size": 0}, "batch_size is no positive"),
+    "batch size": ({"batch_size": 0}, "batch_size=0. Expected a positive whole"),
     "seed of too many bits": ({"seed": 2**32 - 1}, "seed is no whole number"),
-    "seed in words": ({"seed": "one"}, "seed is no whole number"),
+    "seed in words": ({"seed": "one"}, "Expected a whole number"),
     "a number as attack": ({"attacks": 5}, "cannot read an attack from this: got 5"),
-    "outputs": ({"outputs": "scores"}, "no such kind of outputs"),
+    "outputs": ({"outputs": "scores"}, "Expected 'auto' or 'logits' or 'prob"),
     "attacked": ({"attacked": 2}, "no such input"),
     "labels of another length": ({"y": np.zeros(3, int)}, "labels do not fit"),
     "labels of no class": ({"y": np.full(60, 9)}, "does not have"),
@@ -647,7 +648,7 @@ BAD = {
     "images of another shape": ({"x": np.zeros((60, 5, 5, 2))}, "does not fit"),
     "NaN images": ({"x": bad_images(zoo.images())}, "NaN or infinite"),
     "no numbers": ({"x": np.full((60, 6, 6, 2), "a")}, "no numbers"),
-    "no model": ({"model": lambda x: x}, "only Keras models"),
+    "no model": ({"model": lambda x: x}, "this is no Keras model: got function"),
 }
 
 
@@ -657,7 +658,7 @@ def test_bad_input_is_one_clear_error(case, line, monkeypatch):
     given = {"model": model, "x": x, "y": y, "attacks": "pgd", **BAD[case][0]}
     steps = []
     monkeypatch.setattr(
-        adversarial.evaluate.__globals__["Runner"],
+        Runner,
         "run",
         lambda *a, **k: steps.append(1),
     )
@@ -692,7 +693,7 @@ def test_outputs_that_are_no_classes():
     "make", [adversarial.pgd, adversarial.bim, adversarial.mi_fgsm]
 )
 def test_bad_settings_of_attacks(make, what):
-    with pytest.raises(KerasNormError, match="no positive whole number"):
+    with pytest.raises(KerasNormError, match="Expected a positive whole number"):
         make(**what)
 
 

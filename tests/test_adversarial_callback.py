@@ -346,8 +346,8 @@ def test_file_of_an_interrupted_training(data, tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"every": 0}, "every is no positive"),
-        ({"samples": -1}, "samples is no positive"),
+        ({"every": 0}, "every=0. Expected a positive"),
+        ({"samples": -1}, "samples=-1. Expected a positive"),
         ({"eps": -1}, "eps is no radius"),
         ({"attacks": "nothing"}, "no such attack"),
         ({"bounds": (0, 0.5)}, "out of bounds"),
@@ -503,14 +503,14 @@ def test_trainer_is_saved(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"method": "free lunch"}, "no such method"),
+        ({"method": "free lunch"}, "Expected 'pgd' or 'free'"),
         ({"eps": -1}, "eps is no radius"),
         ({"eps": "a"}, "eps is no radius"),
         ({"eps": [0.1, 0.2]}, "eps is no radius"),
         ({"eps": np.inf}, "eps is no radius"),
-        ({"steps": 0}, "steps is no positive"),
-        ({"length": -1}, "length is no share"),
-        ({"length": "a"}, "length is no share"),
+        ({"steps": 0}, "steps=0. Expected a positive"),
+        ({"length": -1}, "length=-1. Expected"),
+        ({"length": "a"}, "length='a'. Expected"),
         ({"bounds": None}, "no pair"),
         ({"bounds": (1, 0)}, "no pair"),
         ({"bounds": (np.zeros(6), np.ones(6))}, "no pair"),

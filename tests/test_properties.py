@@ -610,7 +610,7 @@ def test_losses_suit_each_output(rng):
         ({"x": np.zeros((4, 9), "float32")}, "shape"),
         ({"y": np.zeros(3)}, "as many labels"),
         ({"batch_size": 0}, "batch_size"),
-        ({"model": "model.keras"}, "no Keras model"),
+        ({"model": 5}, "no Keras model"),
         ({"y": np.zeros(4), "loss": "no such loss"}, "loss"),
         ({"y": np.zeros(4), "loss": ["mse", "mse"]}, "do not match"),
         ({"y": np.zeros((4, 3)), "loss": "mse"}, "does not fit"),

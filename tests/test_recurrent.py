@@ -344,7 +344,8 @@ def test_cells_of_a_trained_model_are_normalized(norm, eagerly, tmp_path):
     np.testing.assert_array_equal(numpy(again(X)), numpy(new(X)))
     only = kerasnorm.rewrite(model, norm, where="gru", cells=True)
     assert type(only.get_layer("simple")) is keras.layers.SimpleRNN
-    assert not kerasnorm.plan(model, norm, where="gru").steps
+    with pytest.raises(kerasnorm.KerasNormError, match="no layer that could be"):
+        kerasnorm.plan(model, norm, where="gru")
     plan = kerasnorm.plan(model, norm, cells={"cell_state": "carry"})
     assert len(plan.steps) == 4 and kerasnorm.Plan.from_json(plan.to_json()) == plan
     carried = kerasnorm.rewrite(model, plan)

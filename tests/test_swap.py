@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -107,8 +108,27 @@ def test_where_limits_the_swap():
     assert [s.path for s in plan.steps] == ["bn1"]
     plan = kerasnorm.plan(model, "gn", where=lambda s: s.path == "bn0")
     assert [s.path for s in plan.steps] == ["bn0"]
-    plan = kerasnorm.plan(model, "gn", where="nowhere")
-    assert not plan.steps and not plan.refused and "nothing to do" in str(plan)
+    for swap in kerasnorm.plan, kerasnorm.rewrite:
+        with pytest.raises(kerasnorm.KerasNormError, match="Expected some of bn0, bn1"):
+            swap(model, "gn", where="nowhere")
+
+
+def test_layers_that_stay_are_one_warning_or_one_error():
+    model = zoo.ZOO["plain_functional"]()
+    stay = r"2 of 2 layers stay as they are: groups do not divide channels \(bn0, bn1"
+    with pytest.warns(UserWarning, match=stay) as told:
+        kerasnorm.rewrite(model, "gn", groups=3)
+    told = [w for w in told if w.category is UserWarning]
+    assert len(told) == 1 and told[0].filename == __file__
+    with pytest.raises(kerasnorm.KerasNormError, match=stay):
+        kerasnorm.rewrite(model, "gn", groups=3, strict=True)
+    none = keras.Sequential([keras.Input((3,)), layers.Dense(2)], name="plain")
+    with pytest.warns(UserWarning, match="'plain' has no layer to swap"):
+        kerasnorm.rewrite(none, "gn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        kerasnorm.rewrite(model, "bn", strict=True)  # already as wanted
+        kerasnorm.rewrite(model, "gn", groups=2, strict=True)
 
 
 def test_a_masked_site_gets_a_layer_that_reads_masks():
@@ -158,20 +178,22 @@ def test_there_and_back_is_exact():
         ({"method": "gn", "group": 3}, "Did you mean 'groups'"),
         ({"method": "gn", "groups": 0}, "no number of groups"),
         ({"method": "ln", "groups": 3}, "has no groups"),
-        ({"method": "gn", "layers": "torch"}, "'auto', 'keras' or 'kerasnorm'"),
-        ({"method": "gn", "fit": "magic"}, "unknown fit"),
+        ({"method": "gn", "layers": "torch"}, "'auto' or 'keras' or 'kerasnorm'"),
+        ({"method": "gn", "fit": "magic"}, "Expected 'affine' or"),
         ({"method": "gn", "fit": "affine"}, "needs data"),
         ({"method": "gn", "groups": "auto"}, "needs data"),
-        ({"method": "gn", "groups": 2.0}, "no number of groups"),
+        ({"method": "gn", "groups": 2.0}, "groups=2.0. Expected"),
         ({"method": "gn", "axis": 1}, "axis follows from"),
+        ({"method": "gn", "axis": 99}, "axis follows from"),
+        ({"method": "gn", "axis": [[1], [2, 3]]}, "axis follows from"),
         ({"method": "gn", "epsilon": -1.0}, "no epsilon"),
         ({"method": "gn", "epsilon": "small"}, "no epsilon"),
-        ({"method": "gn", "where": ["bn0"]}, "selects no layers"),
-        ({"method": "gn", "cells": 3}, "cells are swapped or not"),
+        ({"method": "gn", "where": ["bn0"]}, "Expected a text or a function"),
+        ({"method": "gn", "cells": 3}, "cells=3. Expected True or False or a dict"),
         ({"method": "gn", "fit_options": {"epochs": 3}}, "options of a fit and no fit"),
         ({"method": "gn", "fit_options": {"epoch": 3}}, "no options of a fit"),
         ({"method": "gn", "fit_options": {"groups": 3}}, "no options of a fit"),
-        ({"method": "gn", "fit_options": ["epochs"]}, "no options of a fit"),
+        ({"method": "gn", "fit_options": ["epochs"]}, "Expected a dict"),
         ({"method": "gn", "fit_options": {"memory": "2GB"}}, "not a memory"),
         ({"method": "gn", "fit_options": {"augment": 3}}, "not a function"),
         ({"method": "gn", "fit_options": {"seed": -1}}, "not a seed"),

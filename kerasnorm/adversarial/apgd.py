@@ -7,7 +7,7 @@ diverse parameter-free attacks", https://arxiv.org/abs/2003.01690.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from keras import ops
 
@@ -24,7 +24,8 @@ from kerasnorm.adversarial.attack import (
     targeted_ratio,
 )
 from kerasnorm.adversarial.ball import per_row
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
+from rewriters.arguments import Count
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,29 @@ class AutoPGD(Attack):
         return Step(state, x, logits, flat=still)
 
 
-def apgd(loss: str = "ce", steps: int = 100, **settings) -> Attack:
+@taking()
+def apgd(
+    loss: Literal["ce", "dlr", "dlr-t"] = "ce",
+    steps: Count = 100,
+    *,
+    name: str | None = None,
+    restarts: Count = 1,
+    aims: Count = 9,
+    rho: float = 0.75,
+) -> Attack:
     """Auto-PGD (Croce and Hein 2020, https://arxiv.org/abs/2003.01690).
 
     Args:
         loss: `"ce"`, cross-entropy; `"dlr"`, the difference of logits ratio, which
             does not change with the scale of the logits; `"dlr-t"`, its targeted form.
         steps: per run.
-        **settings: `name`; `restarts`; `aims`, classes that `"dlr-t"` aims at, 9;
-            `rho`, 0.75.
+        name: of the attack in results; by the loss where it is None.
+        restarts: runs per point.
+        aims: classes that `"dlr-t"` aims at.
+        rho: share of the steps that must go up for the length to stay.
     """
-    name = {"dlr-t": "apgd-t"}.get(loss, f"apgd-{loss}")
-    return AutoPGD(**{"name": name, "steps": steps, "loss": loss, **settings})
+    name = name or {"dlr-t": "apgd-t"}.get(loss, f"apgd-{loss}")
+    return AutoPGD(name, steps, restarts, loss, aims, rho)
 
 
 named("apgd", "apgd-ce")(lambda: apgd("ce"))

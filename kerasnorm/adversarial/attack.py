@@ -9,7 +9,8 @@ by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,8 +18,9 @@ from keras import ops, random
 
 from kerasnorm.adversarial.ball import Ball, Bounds, per_row
 from kerasnorm.adversarial.victim import Victim
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError
 from kerasnorm.runtime import programs
+from rewriters.arguments import Count, check, hints_of, shown
 
 
 Tensor = Any
@@ -143,8 +145,8 @@ class Attack:
     """
 
     name: str = ""
-    steps: int = 1
-    restarts: int = 1
+    steps: Count = 1
+    restarts: Count = 1
 
     # Whether it sees gradients of the attacked model.
     white_box: ClassVar[bool] = True
@@ -153,8 +155,8 @@ class Attack:
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
 
     def __post_init__(self) -> None:
-        for what in ("steps", "restarts"):
-            object.__setattr__(self, what, count(what, getattr(self, what)))
+        hints = {k: v for k, v in hints_of(type(self)).items() if k in vars(self)}
+        check(type(self).__name__, hints, None, dict(vars(self)), KerasNormError)
 
     @property
     def judgements(self) -> int:
@@ -270,6 +272,17 @@ def names() -> list[str]:
     return sorted(_MAKERS)
 
 
+def setting_of(name: str, value: Any) -> str | None:
+    """How the setting of an attack is given to what takes attacks; None where no
+    attack has one of this name."""
+    taking = [m for m in _MAKERS.values() if name in inspect.signature(m).parameters]
+    usual = [m for m in taking if m.__name__ == "pgd"]
+    if not taking:
+        return None
+    made = f"{(usual or taking)[0].__name__}({name}={shown(value)})"
+    return f"Give it to an attack of kerasnorm.adversarial: attacks=[{made}]"
+
+
 def read(attacks: Any) -> list[Attack]:
     """Attacks from a name, an `Attack`, or a list of these.
 
@@ -277,10 +290,22 @@ def read(attacks: Any) -> list[Attack]:
         KerasNormError: a name that none has, nothing at all, or two attacks of one
             name.
     """
+    if isinstance(attacks, Mapping):
+        calls = []
+        for word, settings in attacks.items():
+            pairs = settings.items() if isinstance(settings, Mapping) else ()
+            inside = ", ".join(f"{n}={shown(v)}" for n, v in pairs)
+            calls.append(f"{str(word).replace('-', '_')}({inside})")
+        raise KerasNormError(
+            "attacks and their settings in a dict are not read",
+            got=shown(attacks),
+            expected="attacks, or their names",
+            fix=f"With kerasnorm.adversarial's own: attacks=[{', '.join(calls)}]",
+        )
     several = isinstance(attacks, Iterable) and not isinstance(attacks, str)
-    given: list[Any] = [*attacks] if several else [attacks]
+    listed: list[Any] = [*attacks] if several else [attacks]
     found: list[Attack] = []
-    for one in given:
+    for one in listed:
         if isinstance(one, str):
             key = one.lower().replace("_", "-")
             if key not in _MAKERS:

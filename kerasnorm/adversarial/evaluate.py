@@ -13,7 +13,7 @@ from keras import ops
 
 from kerasnorm.adversarial import checks
 from kerasnorm.adversarial.apgd import apgd
-from kerasnorm.adversarial.attack import Attack, Stream, named
+from kerasnorm.adversarial.attack import Attack, Stream, named, setting_of
 from kerasnorm.adversarial.ball import check_distance, rounding
 from kerasnorm.adversarial.driver import Points, Runner
 from kerasnorm.adversarial.evaluation import AttackResult, Evaluation, within
@@ -26,10 +26,11 @@ from kerasnorm.adversarial.reading import (
     read_settings,
 )
 from kerasnorm.adversarial.square import square
-from kerasnorm.adversarial.victim import Victim, random_states
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.adversarial.victim import Outputs, Victim, random_states
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.common.progress import Progress
 from kerasnorm.runtime.programs import Compiled
+from rewriters.arguments import Count
 
 
 @named("standard", "autoattack")
@@ -40,6 +41,7 @@ def standard() -> list[Attack]:
     return [apgd("ce"), apgd("dlr-t"), fab(), square()]
 
 
+@taking(hint=setting_of)
 def evaluate(
     model: Any,
     x: Any,
@@ -47,12 +49,24 @@ def evaluate(
     attacks: Any = "standard",
     norm: Any = "linf",
     eps: Any = 8 / 255,
-    **settings: Any,
+    *,
+    bounds: Any = (0.0, 1.0),
+    outputs: Outputs = "auto",
+    preprocessing: Callable[..., Any] | None = None,
+    attacked: int | str | None = None,
+    batch_size: Count = 128,
+    seed: int = 0,
+    alone: bool = False,
+    keep: bool = False,
+    jit: bool | None = None,
+    replaced: Sequence[tuple[Any, Any]] = (),
+    verbose: bool | int = True,
 ) -> Evaluation:
     """Accuracy of a classifier on inputs that an adversary may move.
 
     Args:
-        model: a built Keras model, `(rows, ...) -> (rows, classes)`.
+        model: a built Keras model, `(rows, ...) -> (rows, classes)`, or the path of a
+            saved one.
         x: inputs as its `predict` takes them: an array, or a list or dict of arrays. Or
             a `tf.data.Dataset`, a `PyDataset` or an iterable of batches `(inputs,
             classes)`, of which never more than a few batches are held.
@@ -65,7 +79,8 @@ def evaluate(
             what falls at one radius is not attacked at a larger one. inf finds the
             distance of every point, with attacks that look for it (`fab-t`,
             `deepfool`, `cw-l2`).
-        **settings: as for `Evaluator`.
+        bounds, outputs, preprocessing, attacked, batch_size, seed, alone, keep, jit,
+            replaced, verbose: as for `Evaluator`.
 
     Returns:
         The `Evaluation`.
@@ -79,7 +94,24 @@ def evaluate(
     print(result.table())
     ```
     """
-    return Evaluator(model, attacks, norm, eps, **settings)(x, y)
+    evaluator = Evaluator(
+        model,
+        attacks,
+        norm,
+        eps,
+        bounds=bounds,
+        outputs=outputs,
+        preprocessing=preprocessing,
+        attacked=attacked,
+        batch_size=batch_size,
+        seed=seed,
+        alone=alone,
+        keep=keep,
+        jit=jit,
+        replaced=replaced,
+        verbose=verbose,
+    )
+    return evaluator(x, y)
 
 
 class Evaluator:
@@ -106,6 +138,7 @@ class Evaluator:
         verbose: show a progress bar once it takes more than two seconds.
     """
 
+    @taking(hint=setting_of)
     def __init__(
         self,
         model: Any,
@@ -114,10 +147,10 @@ class Evaluator:
         eps: Any = 8 / 255,
         *,
         bounds: Any = (0.0, 1.0),
-        outputs: str = "auto",
-        preprocessing: Callable | None = None,
+        outputs: Outputs = "auto",
+        preprocessing: Callable[..., Any] | None = None,
         attacked: int | str | None = None,
-        batch_size: int = 128,
+        batch_size: Count = 128,
         seed: int = 0,
         alone: bool = False,
         keep: bool = False,
@@ -126,7 +159,7 @@ class Evaluator:
         verbose: bool | int = True,
     ):
         self.attacks, self.norm, self.radii = read_settings(attacks, norm, eps)
-        self.batch_size = count("batch_size", batch_size)
+        self.batch_size = batch_size
         self.bounds, self.seed = bounds, read_seed(seed)
         self.alone, self.keep, self.verbose = alone, keep, verbose
         self.jit = jit

@@ -21,6 +21,8 @@ from kerasnorm.adversarial.attack import (
     pick,
 )
 from kerasnorm.adversarial.ball import flat, per_row
+from kerasnorm.common.errors import taking
+from rewriters.arguments import Count
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,25 @@ class FAB(Attack):
 
 
 @named("fab-t", "fab")
-def fab(steps: int = 100, **settings) -> Attack:
+@taking()
+def fab(
+    steps: Count = 100,
+    *,
+    name: str = "fab-t",
+    restarts: Count = 1,
+    aims: Count = 9,
+    alpha: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+) -> Attack:
     """The fast adaptive boundary attack, targeted (Croce and Hein 2020,
     https://arxiv.org/abs/1907.02044).
 
     Args:
         steps: per class aimed at.
-        **settings: `name`; `restarts`; `aims`, classes aimed at, 9; `alpha`, 0.1;
-            `eta`, 1.05; `beta`, 0.9.
+        name: of the attack in results.
+        restarts: runs per target.
+        aims: classes aimed at.
+        alpha, eta, beta: as in the paper.
     """
-    return FAB(**{"name": "fab-t", "steps": steps, **settings})
+    return FAB(name, steps, restarts, aims, alpha, eta, beta)

@@ -18,7 +18,8 @@ from kerasnorm.adversarial.attack import (
     named,
 )
 from kerasnorm.adversarial.ball import flat, per_row
-from kerasnorm.common.errors import count
+from kerasnorm.common.errors import taking
+from rewriters.arguments import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,14 @@ class Iterative(Attack):
 
 
 @named("fgsm")
-def fgsm(random_start: bool = False, length: float | None = None, **settings) -> Attack:
+@taking()
+def fgsm(
+    random_start: bool = False,
+    length: Positive | None = None,
+    *,
+    name: str = "fgsm",
+    restarts: Count = 1,
+) -> Attack:
     """The fast gradient sign method: one step of length eps (Goodfellow et al. 2015,
     https://arxiv.org/abs/1412.6572).
 
@@ -65,31 +73,45 @@ def fgsm(random_start: bool = False, length: float | None = None, **settings) ->
         random_start: begin at a random point, and step 1.25 eps from there (Wong et
             al. 2020, https://arxiv.org/abs/2001.03994).
         length: of the step, as a share of eps, instead of 1 or 1.25.
-        **settings: `name`, `restarts`.
+        name: of the attack in results.
+        restarts: runs per point.
     """
     length = length or (1.25 if random_start else 1.0)
-    settings = {"name": "fgsm", **settings}
-    return Iterative(steps=1, length=length, random_start=random_start, **settings)
+    return Iterative(name, 1, restarts, length, random_start)
 
 
 @named("bim")
-def bim(steps: int = 10, length: float | None = None, **settings) -> Attack:
+@taking()
+def bim(
+    steps: Count = 10,
+    length: Positive | None = None,
+    *,
+    name: str = "bim",
+    restarts: Count = 1,
+    random_start: bool = False,
+) -> Attack:
     """The basic iterative method: FGSM in small steps from the clean point (Kurakin et
     al. 2017, https://arxiv.org/abs/1607.02533).
 
     Args:
         steps: how many.
         length: of each, as a share of eps; `1 / steps` by default.
-        **settings: `name`, `restarts`.
+        name: of the attack in results.
+        restarts: runs per point.
+        random_start: begin at a random point of the ball.
     """
-    length = length or 1 / count("steps", steps)
-    settings = {"name": "bim", "length": length, **settings}
-    return Iterative(steps=steps, **settings)
+    return Iterative(name, steps, restarts, length or 1 / steps, random_start)
 
 
 @named("pgd")
+@taking()
 def pgd(
-    steps: int = 40, length: float = 0.25, random_start: bool = True, **settings
+    steps: Count = 40,
+    length: Positive = 0.25,
+    random_start: bool = True,
+    *,
+    name: str = "pgd",
+    restarts: Count = 1,
 ) -> Attack:
     """Projected gradient descent from a random start (Madry et al. 2018,
     https://arxiv.org/abs/1706.06083).
@@ -98,15 +120,22 @@ def pgd(
         steps: how many.
         length: of each, as a share of eps: 2/255 at eps 8/255, as in the paper.
         random_start: False begins at the clean point, restarts apart.
-        **settings: `name`; `restarts`, runs per point, 1 by default.
+        name: of the attack in results.
+        restarts: runs per point.
     """
-    settings = {"name": "pgd", "random_start": random_start, **settings}
-    return Iterative(steps=steps, length=length, **settings)
+    return Iterative(name, steps, restarts, length, random_start)
 
 
 @named("mi-fgsm", "mim")
+@taking()
 def mi_fgsm(
-    steps: int = 10, length: float | None = None, decay: float = 1.0, **settings
+    steps: Count = 10,
+    length: Positive | None = None,
+    decay: float = 1.0,
+    *,
+    name: str = "mi-fgsm",
+    restarts: Count = 1,
+    random_start: bool = False,
 ) -> Attack:
     """BIM along the accumulated gradient (Dong et al. 2018,
     https://arxiv.org/abs/1710.06081); it transfers well between models.
@@ -115,11 +144,11 @@ def mi_fgsm(
         steps: how many.
         length: of each, as a share of eps; `1 / steps` by default.
         decay: share of the accumulated gradient kept at each step.
-        **settings: `name`, `restarts`, `random_start`.
+        name: of the attack in results.
+        restarts: runs per point.
+        random_start: begin at a random point of the ball.
     """
-    length = length or 1 / count("steps", steps)
-    settings = {"name": "mi-fgsm", "length": length, **settings}
-    return Iterative(steps=steps, decay=decay, **settings)
+    return Iterative(name, steps, restarts, length or 1 / steps, random_start, decay)
 
 
 @dataclass(frozen=True)
@@ -140,11 +169,13 @@ class Noise(Attack):
 
 
 @named("noise")
-def noise(samples: int = 10, **settings) -> Attack:
+@taking()
+def noise(samples: Count = 10, *, name: str = "noise", restarts: Count = 1) -> Attack:
     """Uniformly random points of the ball: what is lost here needs no attack.
 
     Args:
         samples: points tried.
-        **settings: `name`.
+        name: of the attack in results.
+        restarts: runs per point.
     """
-    return Noise(**{"name": "noise", "steps": samples, **settings})
+    return Noise(name, samples, restarts)

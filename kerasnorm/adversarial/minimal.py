@@ -18,6 +18,8 @@ from kerasnorm.adversarial.attack import (
     pick,
 )
 from kerasnorm.adversarial.ball import TINY, per_row, spread
+from kerasnorm.common.errors import taking
+from rewriters.arguments import Count, Positive
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,26 @@ class DeepFool(Attack):
 
 
 @named("deepfool")
-def deepfool(steps: int = 50, **settings) -> Attack:
+@taking()
+def deepfool(
+    steps: Count = 50,
+    *,
+    name: str = "deepfool",
+    restarts: Count = 1,
+    candidates: Count = 10,
+    overshoot: float = 0.02,
+) -> Attack:
     """DeepFool (Moosavi-Dezfooli et al. 2016, https://arxiv.org/abs/1511.04599), by any
     of the norms.
 
     Args:
         steps: at most.
-        **settings: `name`; `candidates`, likeliest classes considered, 10;
-            `overshoot`, 0.02.
+        name: of the attack in results.
+        restarts: runs per point.
+        candidates: likeliest classes considered.
+        overshoot: share by which a step goes past the boundary.
     """
-    return DeepFool(**{"name": "deepfool", "steps": steps, **settings})
+    return DeepFool(name, steps, restarts, candidates, overshoot)
 
 
 @dataclass(frozen=True)
@@ -164,12 +176,26 @@ class CarliniWagner(Attack):
 
 
 @named("cw-l2", "cw")
-def carlini_wagner(steps: int = 100, **settings) -> Attack:
+@taking()
+def carlini_wagner(
+    steps: Count = 100,
+    *,
+    name: str = "cw-l2",
+    restarts: Count = 1,
+    searches: Count = 9,
+    c: Positive = 0.01,
+    confidence: float = 0.0,
+    rate: Positive = 0.01,
+) -> Attack:
     """The attack of Carlini and Wagner 2017 (https://arxiv.org/abs/1608.04644), by l2.
 
     Args:
         steps: for each weight `c` of the misclassification.
-        **settings: `name`; `searches`, weights tried, 9; `c`, the first, 0.01;
-            `confidence`, the least margin of an example, 0; `rate`, of Adam, 0.01.
+        name: of the attack in results.
+        restarts: runs per point.
+        searches: weights tried.
+        c: the first of them.
+        confidence: the least margin of an example.
+        rate: learning rate of Adam.
     """
-    return CarliniWagner(**{"name": "cw-l2", "steps": steps, **settings})
+    return CarliniWagner(name, steps, restarts, searches, c, confidence, rate)

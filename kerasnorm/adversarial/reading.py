@@ -11,7 +11,7 @@ from keras import ops, tree
 
 from kerasnorm.adversarial.attack import Attack, read
 from kerasnorm.adversarial.ball import canonical
-from kerasnorm.common.data import batch_count, batches_of, joined
+from kerasnorm.common.data import as_array, batch_count, batches_of, joined
 from kerasnorm.common.errors import KerasNormError
 
 
@@ -190,8 +190,8 @@ def read_labels(y: Any, n: int, classes: int) -> np.ndarray:
     """
     if isinstance(y, dict) and len(y) == 1:  # by the name of the output
         (y,) = y.values()
-    given: Any = y
-    a = np.asarray(ops.convert_to_numpy(given) if hasattr(y, "dtype") else given)
+    given = as_array(y)
+    a = given
     if a.ndim == 2 and a.shape[1] == 1:
         a = a[:, 0]
     if a.ndim == 2 and a.shape == (n, classes):

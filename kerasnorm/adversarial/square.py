@@ -16,6 +16,8 @@ from keras import ops, random
 
 from kerasnorm.adversarial.attack import Attack, Problem, State, Step, margin, named
 from kerasnorm.adversarial.ball import Tensor, per_row
+from kerasnorm.common.errors import taking
+from rewriters.arguments import Count, Positive
 
 
 # The share of the image that a square covers is halved at these queries.
@@ -223,12 +225,20 @@ _SIZES = {"l2": _l2, "l1": _l1}
 
 
 @named("square")
-def square(queries: int = 5000, **settings) -> Attack:
+@taking()
+def square(
+    queries: Count = 5000,
+    *,
+    name: str = "square",
+    restarts: Count = 1,
+    share: Positive = 0.8,
+) -> Attack:
     """The Square attack (Andriushchenko et al. 2020, https://arxiv.org/abs/1912.00049).
 
     Args:
         queries: of the model, per point and restart.
-        **settings: `name`; `restarts`; `share`, of the image that the first squares
-            cover, 0.8.
+        name: of the attack in results.
+        restarts: runs per point.
+        share: of the image that the first squares cover.
     """
-    return Square(**{"name": "square", "steps": queries, **settings})
+    return Square(name, queries, restarts, share)

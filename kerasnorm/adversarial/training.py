@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -11,16 +10,27 @@ from keras import ops
 from kerasnorm.adversarial.attack import log_odds
 from kerasnorm.adversarial.ball import Ball, canonical, flat, per_row
 from kerasnorm.adversarial.reading import read_pair, read_radii
-from kerasnorm.adversarial.victim import Victim
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.adversarial.victim import Outputs, Victim
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.runtime import programs
+from kerasnorm.runtime.models import opened
+from rewriters.arguments import Count, Positive, Seed
 
 
-METHODS = ("pgd", "free")
-
-
+@taking()
 def adversarial_training(
-    model: Any, norm: Any = "linf", eps: float = 8 / 255, **settings: Any
+    model: Any,
+    norm: Any = "linf",
+    eps: Any = 8 / 255,
+    *,
+    method: Literal["pgd", "free"] = "pgd",
+    steps: Count = 7,
+    length: Positive = 0.25,
+    replays: Count = 4,
+    bounds: Any = (0.0, 1.0),
+    outputs: Outputs = "auto",
+    seed: Seed | None = None,
+    name: str | None = None,
 ) -> AdversarialTraining:
     """A model that trains `model` on adversarial examples of each batch.
 
@@ -37,13 +47,28 @@ def adversarial_training(
         model: a built Keras model of one input, `(rows, ...) -> (rows, classes)`.
         norm: `"linf"`, `"l2"` or `"l1"`.
         eps: radius of the ball, in the units of the input.
-        **settings: as for `AdversarialTraining`.
+        method, steps, length, replays, bounds, outputs, seed: as for
+            `AdversarialTraining`.
+        name: of the model that trains.
 
     Raises:
         KerasNormError: a setting that makes no sense; a model of several inputs, or
             whose outputs are not classes.
     """
-    return AdversarialTraining(model, norm=norm, eps=eps, **settings)
+    named = {} if name is None else {"name": name}
+    return AdversarialTraining(
+        opened(model, kind=keras.Model),
+        norm=norm,
+        eps=eps,
+        method=method,
+        steps=steps,
+        length=length,
+        replays=replays,
+        bounds=bounds,
+        outputs=outputs,
+        seed=seed,
+        **named,
+    )
 
 
 @keras.saving.register_keras_serializable("kerasnorm")
@@ -69,26 +94,23 @@ class AdversarialTraining(keras.Model):
         seed: of the random starts.
     """
 
+    @taking()
     def __init__(
         self,
         model: Any,
         *,
         norm: Any = "linf",
-        eps: float = 8 / 255,
-        method: str = "pgd",
-        steps: int = 7,
-        length: float = 0.25,
-        replays: int = 4,
-        bounds: tuple[float, float] = (0.0, 1.0),
-        outputs: str = "auto",
-        seed: int | None = None,
+        eps: Any = 8 / 255,
+        method: Literal["pgd", "free"] = "pgd",
+        steps: Count = 7,
+        length: Positive = 0.25,
+        replays: Count = 4,
+        bounds: Any = (0.0, 1.0),
+        outputs: Outputs = "auto",
+        seed: Seed | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if method not in METHODS:
-            raise KerasNormError(
-                "no such method", got=repr(method), expected=" or ".join(METHODS)
-            )
         radius, *more = read_radii(eps)
         if more or radius == float("inf"):
             raise KerasNormError(
@@ -96,17 +118,11 @@ class AdversarialTraining(keras.Model):
                 got=repr(eps),
                 expected="one finite number of at least 0",
             )
-        if not isinstance(length, numbers.Real) or not 0 < length < float("inf"):
-            raise KerasNormError(
-                "length is no share of eps",
-                got=f"length={length!r}",
-                expected="a number above 0",
-            )
         read_pair(bounds, (1,))
         self.model, self.method, self.outputs_are = model, method, outputs
         self.norm, self.eps = canonical(norm), radius
         self.bounds = (float(bounds[0]), float(bounds[1]))
-        self.steps, self.replays = count("steps", steps), count("replays", replays)
+        self.steps, self.replays = int(steps), int(replays)
         self.length, self.seed = float(length), seed
         self.generator = keras.random.SeedGenerator(seed)
         self.victim = Victim(model, outputs=outputs)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kerasnorm.adversarial.attack import Attack, Problem, State, Step, read
-from kerasnorm.adversarial.victim import Victim
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.adversarial.attack import (
+    Attack,
+    Problem,
+    State,
+    Step,
+    read,
+    setting_of,
+)
+from kerasnorm.adversarial.victim import Outputs, Victim
+from kerasnorm.common.errors import KerasNormError, taking
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,14 @@ class Transfer(Attack):
         return (self.source.model,)
 
 
+@taking(hint=setting_of)
 def transfer(
-    model: Any, attack: Any = "mi-fgsm", *, name: str = "transfer", **reading: Any
+    model: Any,
+    attack: Any = "mi-fgsm",
+    *,
+    name: str = "transfer",
+    outputs: Outputs = "auto",
+    preprocessing: Callable[..., Any] | None = None,
 ) -> Attack:
     """Adversarial examples made on another model, every step of them tried on this.
 
@@ -68,7 +82,7 @@ def transfer(
         model: a Keras model of the same inputs and classes.
         attack: how they are made.
         name: of the attack.
-        **reading: `outputs` and `preprocessing` of that model, as in `evaluate`.
+        outputs, preprocessing: of that model, as in `evaluate`.
     """
     inner = read(attack)
     if len(inner) != 1:
@@ -77,5 +91,5 @@ def transfer(
         name=name,
         steps=inner[0].steps,
         attack=inner[0],
-        source=Victim(model, **reading),
+        source=Victim(model, outputs=outputs, preprocessing=preprocessing),
     )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from kerasnorm.common.data import fits, keys_of
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.kernels.reparametrized import Reparametrized
+from kerasnorm.runtime.models import opened
 from rewriters import private
 from rewriters.program import fixed_batch, is_graph
 
 
 Tensor = Any
-OUTPUTS = ("auto", "logits", "probabilities")
+Outputs = Literal["auto", "logits", "probabilities"]
 # Wrappers that exchange the kernel of a layer, and change nothing behind it.
 SAME = (Reparametrized, keras.layers.SpectralNormalization)
 
@@ -27,8 +28,8 @@ class Victim:
     """A classifier under attack.
 
     Args:
-        model: a built Keras model with one output, `(rows, classes)`; one unit means
-            two classes.
+        model: a built Keras model, or the path of a saved one, with one output,
+            `(rows, classes)`; one unit means two classes.
         outputs: what the model gives: `"logits"`, `"probabilities"`, or `"auto"`, found
             from its last activation. Probabilities made by a last softmax or sigmoid
             are attacked in front of it, as behind it gradients vanish; others by their
@@ -42,26 +43,18 @@ class Victim:
         KerasNormError: not one output of classes; an attacked input of integers.
     """
 
+    @taking()
     def __init__(
         self,
         model: Any,
         *,
-        outputs: str = "auto",
+        outputs: Outputs = "auto",
         preprocessing: Callable | None = None,
         attacked: int | str | None = None,
         replaced: Sequence[tuple[Any, Any]] = (),
     ):
-        if outputs not in OUTPUTS:
-            raise KerasNormError(
-                "no such kind of outputs",
-                got=repr(outputs),
-                expected=" or ".join(map(repr, OUTPUTS)),
-            )
-        if not isinstance(model, keras.Model):
-            raise KerasNormError(
-                "only Keras models can be attacked", got=type(model).__name__
-            )
-        self.model, self.preprocessing = model, preprocessing
+        self.model = opened(model, kind=keras.Model)
+        self.preprocessing = preprocessing
         self.attacked, self.kind = attacked, outputs
         self.replaced = {id(v): source for v, source in replaced}
         self.structure: Any = 0

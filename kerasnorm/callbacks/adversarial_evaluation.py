@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from kerasnorm.adversarial.attack import setting_of
 from kerasnorm.adversarial.evaluate import Evaluator
 from kerasnorm.adversarial.evaluation import Evaluation
 from kerasnorm.adversarial.reading import pieces, read_settings
+from kerasnorm.adversarial.victim import Outputs
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.common.data import spaced
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.numerics import replicas
 from rewriters import private
+from rewriters.arguments import Count
 from rewriters.transfer import innermost
 
 
@@ -69,8 +72,8 @@ class AdversarialEvaluation(keras.callbacks.Callback):
             it.
         model: attack this one instead, for example an average kept by other means.
         verbose: 1 shows a progress bar and a line of results, 0 nothing.
-        **settings: as for `kerasnorm.adversarial.Evaluator`: `bounds`, `batch_size`,
-            `preprocessing`, `outputs`, `attacked`, `alone`, `seed`, ...
+        bounds, outputs, preprocessing, attacked, batch_size, seed, alone, keep, jit: as
+            for `kerasnorm.adversarial.Evaluator`.
 
     Attributes:
         history: one dict per evaluation: `epoch`, `step`, `seconds`, what was logged.
@@ -83,6 +86,7 @@ class AdversarialEvaluation(keras.callbacks.Callback):
             kind.
     """
 
+    @taking(hint=setting_of)
     def __init__(
         self,
         x: Any,
@@ -91,29 +95,30 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         norm: Any = "linf",
         eps: Any = 8 / 255,
         *,
-        samples: int | None = 500,
-        every: int = 1,
-        every_steps: int | None = None,
+        samples: Count | None = 500,
+        every: Count = 1,
+        every_steps: Count | None = None,
         ema: bool = False,
         weight_norms: bool = False,
         prefix: str = "val_",
         file: str | os.PathLike[str] | None = None,
         model: Any = None,
-        verbose: int = 0,
-        **settings: Any,
+        verbose: bool | int = 0,
+        bounds: Any = (0.0, 1.0),
+        outputs: Outputs = "auto",
+        preprocessing: Callable[..., Any] | None = None,
+        attacked: int | str | None = None,
+        batch_size: Count = 128,
+        seed: int = 0,
+        alone: bool = False,
+        keep: bool = False,
+        jit: bool | None = None,
     ):
         super().__init__()
         if attacks is None:
             from kerasnorm.adversarial.gradient import pgd
 
             attacks = pgd(steps=20)
-        for name, value in (
-            ("samples", samples),
-            ("every", every),
-            ("every_steps", every_steps),
-        ):
-            if value is not None:
-                count(name, value)
         if ema and model is not None:
             raise KerasNormError(
                 "either the average that the optimizer keeps, or another model",
@@ -125,7 +130,15 @@ class AdversarialEvaluation(keras.callbacks.Callback):
             "norm": norm,
             "eps": eps,
             "verbose": verbose,
-            **settings,
+            "bounds": bounds,
+            "outputs": outputs,
+            "preprocessing": preprocessing,
+            "attacked": attacked,
+            "batch_size": batch_size,
+            "seed": seed,
+            "alone": alone,
+            "keep": keep,
+            "jit": jit,
         }
         self.samples, self.every, self.every_steps = samples, every, every_steps
         self.ema, self.weight_norms, self.prefix = ema, weight_norms, prefix

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from kerasnorm.callbacks._steps import Steps
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.numerics import replicas
 from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, Site
 from rewriters import private
+from rewriters.arguments import Count, Positive, Seed
 
 
 class PropertyMonitor(keras.callbacks.Callback):
@@ -59,7 +61,8 @@ class PropertyMonitor(keras.callbacks.Callback):
             which is read once.
         prefix: of the logged names.
         verbose: 1 prints the cost when training ends.
-        **settings: as for `measure`: `batch_size`, `loss`, `training`, ...
+        batch_size, loss, loss_weights, learning_rate, training, memory, seed: as for
+            `measure`.
 
     Attributes:
         history: `(step, Measurement)` pairs, in order.
@@ -70,28 +73,28 @@ class PropertyMonitor(keras.callbacks.Callback):
             does not fit the model.
     """
 
+    @taking()
     def __init__(
         self,
         x: Any,
         y: Any = None,
         *,
-        every: int | None = 1,
-        every_steps: int | None = None,
-        layers: tuple[str, ...] = (),
+        every: Count | None = 1,
+        every_steps: Count | None = None,
+        layers: Sequence[str] = (),
         log_dir: str | os.PathLike[str] | None = None,
-        samples: int = 64,
+        samples: Count = 64,
         prefix: str = "",
-        verbose: int = 0,
-        **settings: Any,
+        verbose: bool | int = 0,
+        batch_size: Count = 64,
+        loss: Any = None,
+        loss_weights: Any = None,
+        learning_rate: Positive | None = None,
+        training: bool = True,
+        memory: Positive = 2e9,
+        seed: Seed = 0,
     ):
         super().__init__()
-        for name, value in (
-            ("every", every),
-            ("every_steps", every_steps),
-            ("batch_size", settings.get("batch_size")),
-        ):
-            if value is not None:
-                count(name, value)
         unknown = [name for name in layers if name not in Site.figures()]
         if unknown:
             raise KerasNormError(
@@ -106,7 +109,16 @@ class PropertyMonitor(keras.callbacks.Callback):
         self._steps = Steps(every_steps)
         self.layers, self.log_dir = tuple(layers), log_dir
         self.prefix, self.verbose = prefix, verbose
-        self.settings = {"samples": samples, **settings}
+        self.settings = {
+            "batch_size": batch_size,
+            "loss": loss,
+            "loss_weights": loss_weights,
+            "learning_rate": learning_rate,
+            "training": training,
+            "samples": samples,
+            "memory": memory,
+            "seed": seed,
+        }
         self.history: list[tuple[int, Measurement]] = []
         self.seconds = 0.0
         self._began = 0.0

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.numerics import backend, replicas
 from kerasnorm.runtime.programs import learning_rate
 from kerasnorm.sphere import geometry
@@ -51,6 +51,7 @@ class SphereMonitor(keras.callbacks.Callback):
         KerasNormError: when training starts, no trained weight is scale invariant.
     """
 
+    @taking()
     def __init__(self, layers: bool = False, prefix: str = "sphere/"):
         super().__init__()
         self.layers, self.prefix = layers, prefix

@@ -14,6 +14,7 @@ from keras import tree
 
 from kerasnorm.common.errors import KerasNormError
 from rewriters import private
+from rewriters.arguments import shown
 from rewriters.program import fixed_batch
 
 
@@ -298,10 +299,7 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
         leaves, structure = [x], 0
     if wanted is not None:
         structure = tree.pack_sequence_as(wanted, range(len(names)))
-    arrays = [
-        keras.ops.convert_to_numpy(v) if hasattr(v, "shape") else _array(v)
-        for v in leaves
-    ]
+    arrays = [as_array(v) for v in leaves]
     if names and len(arrays) != len(names):
         raise KerasNormError(
             "wrong number of inputs in the data",
@@ -347,13 +345,20 @@ def _leaves(wanted: Any, x: Any) -> list[Any]:
     return tree.flatten(x)
 
 
-def _array(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
+    """An array of a tensor, an array or nested lists.
+
+    Raises:
+        KerasNormError: the lists are uneven within.
+    """
     try:
+        if hasattr(values, "shape"):
+            return keras.ops.convert_to_numpy(values)
         return np.asarray(values)
     except ValueError:
         raise KerasNormError(
             "the data is no array",
-            got=f"{type(values).__name__} of {len(values)}, uneven within",
+            got=f"{type(values).__name__} {shown(values)}, uneven within",
             expected="samples of one shape; batches as a generator or a dataset",
         ) from None
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import numbers
 from collections.abc import Iterator
 
+from rewriters import arguments
 from rewriters.errors import RewriteError
 
 
 class KerasNormError(RewriteError):
     """What happened, with which values, what was expected, how to mend it."""
+
+
+# For every public function: see there.
+taking = functools.partial(arguments.taking, KerasNormError)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from kerasnorm.method.registry import (
     Source,
 )
 from rewriters import private
+from rewriters.arguments import allows
 
 
 if TYPE_CHECKING:
@@ -215,10 +216,10 @@ def make(
 def _same_axis(axis: Any, given: Any, site: Site) -> None:
     """Refuses an axis that is not the one the replaced layer asks for."""
     rank = next((len(shape) for shape in shapes(site)), 1)
-    try:
-        wanted, got = ({a % rank for a in np.ravel(v).tolist()} for v in (axis, given))
-    except TypeError:
-        wanted, got = {axis}, None
+    wanted, got = {a % rank for a in np.ravel(axis).tolist()}, None
+    if allows(int | Sequence[int], given):
+        axes = np.ravel(given).tolist()
+        got = {a % rank for a in axes} if all(-rank <= a < rank for a in axes) else None
     if wanted != got:
         raise KerasNormError(
             f"the axis follows from the layer that is replaced, {site.path!r}",

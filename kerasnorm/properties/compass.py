@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import keras
 import numpy as np
 
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.common.results import Result, drawn
 from kerasnorm.method import registry
 from kerasnorm.properties import candidates as making
@@ -20,7 +21,9 @@ from kerasnorm.properties.confirm import Training, train
 from kerasnorm.properties.loss import objective
 from kerasnorm.properties.measure import checked, measure
 from kerasnorm.properties.measurement import Measurement, aligned, number
+from kerasnorm.runtime.models import opened
 from kerasnorm.runtime.programs import one_of
+from rewriters.arguments import Count, Positive, Seed, Whole
 
 
 @dataclass(frozen=True)
@@ -215,21 +218,22 @@ class Compass(Result):
         return drawn(heat_figure(self), path)
 
 
+@taking()
 def compass(
     model: Any,
     x: Any,
     y: Any = None,
     *,
     methods: str | Sequence[Any] | None = None,
-    batch_sizes: int | Sequence[int] = 64,
-    learning_rates: float | Sequence[float] | None = None,
+    batch_sizes: Count | Sequence[Count] = 64,
+    learning_rates: Positive | Sequence[Positive] | None = None,
     momentum: float | None = None,
-    weights: str = "fresh",
-    confirm: int = 0,
+    weights: Literal["fresh", "given"] = "fresh",
+    confirm: Whole = 0,
     loss: Any = None,
-    samples: int = 256,
-    memory: float = 2e9,
-    seed: int = 0,
+    samples: Count = 256,
+    memory: Positive = 2e9,
+    seed: Seed = 0,
     report: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Compass:
@@ -240,7 +244,7 @@ def compass(
     `docs/choosing.md` for the rules, and for how well they predict.
 
     Args:
-        model: a built Keras model of any kind, untouched.
+        model: a built Keras model of any kind, or the path of a saved one; untouched.
         x, y: inputs and labels, see `measure`.
         methods: names; `"all"` for every method that applies; by default those of
             Lubana et al. (2021): ten, and none.
@@ -280,17 +284,18 @@ def compass(
     ['batch', 'layer']
     """
     started = time.perf_counter()
+    model = opened(model, kind=keras.Model)
     chosen = making.chosen(methods)
     sizes = np.ravel(batch_sizes).tolist()
     rates: list[Any] = np.ravel(learning_rates).tolist()  # type: ignore[arg-type]
     if momentum is None:
         optimizer = one_of(getattr(model, "optimizer", None))
         momentum = float(getattr(optimizer, "momentum", 0.9))
-    _check(sizes, rates, momentum, weights, confirm, y, report)
+    _check(sizes, rates, momentum, confirm, y, report)
     if confirm:  # training takes all of the data
         inputs, labels = checked(model, x, y, None)
         x, y = inputs.pack(inputs.arrays), labels
-    samples = max(count("samples", samples), *sizes) if len(sizes) > 1 else samples
+    samples = max(samples, *sizes) if len(sizes) > 1 else samples
     inputs, labels = checked(model, x, y, samples)
     if len(sizes) == 1:
         sizes = [min(*sizes, len(inputs))]
@@ -387,7 +392,6 @@ def _check(
     sizes: Any,
     rates: Any,
     momentum: float,
-    weights: Any,
     confirm: Any,
     y: Any,
     report: Any,
@@ -398,19 +402,9 @@ def _check(
         )
     if not sizes:
         raise KerasNormError("there is no batch size", got="batch_sizes=[]")
-    for size in sizes:
-        count("batch_sizes", size)
-    if not rates or not all(r is None or float(r) > 0 for r in rates):
-        raise KerasNormError(
-            "these are no learning rates", got=repr(rates), expected="positive numbers"
-        )
-    if weights not in ("fresh", "given"):
-        raise KerasNormError(
-            "unknown choice of weights",
-            got=repr(weights),
-            expected="'fresh' or 'given'",
-        )
-    if confirm and count("confirm", confirm) and y is None:
+    if not rates:
+        raise KerasNormError("there is no learning rate", got="learning_rates=[]")
+    if confirm and y is None:
         raise KerasNormError(
             "training needs labels", got=f"confirm={confirm}, y=None", fix="Pass y."
         )

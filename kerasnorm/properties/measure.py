@@ -11,19 +11,35 @@ import numpy as np
 from keras import tree
 
 from kerasnorm.common import data as reading
-from kerasnorm.common.errors import KerasNormError, count
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.kernels.reparametrized import Reparametrized
 from kerasnorm.method.registry import Source, read
 from kerasnorm.properties import definitions as d
 from kerasnorm.properties.loss import in_order, summed_loss
 from kerasnorm.properties.measurement import Measurement, Site
 from kerasnorm.properties.probe import OUTPUT, Pass, Probe, Reading, probes
+from kerasnorm.runtime.models import opened
 from kerasnorm.runtime.programs import learning_rate
 from rewriters import private
+from rewriters.arguments import Count, Positive, Seed
 from rewriters.tracing import watching
 
 
-def measure(model: Any, x: Any, y: Any = None, **settings: Any) -> Measurement:
+@taking()
+def measure(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    batch_size: Count = 64,
+    loss: Any = None,
+    loss_weights: Any = None,
+    learning_rate: Positive | None = None,
+    training: bool = True,
+    samples: Count = 256,
+    memory: Positive = 2e9,
+    seed: Seed = 0,
+) -> Measurement:
     """The properties that predict how a model trains, layer by layer.
 
     One forward and one backward pass of each batch, and one more forward pass of the
@@ -37,7 +53,8 @@ def measure(model: Any, x: Any, y: Any = None, **settings: Any) -> Measurement:
     formulas.
 
     Args:
-        model, x, y, **settings: as for `Measurer`.
+        model, x, y, batch_size, loss, loss_weights, learning_rate, training, samples,
+            memory, seed: as for `Measurer`.
 
     Returns:
         A `Measurement`: `print` it, `.plot()` it, `.to_json()`, `.to_frame()`.
@@ -52,7 +69,20 @@ def measure(model: Any, x: Any, y: Any = None, **settings: Any) -> Measurement:
     >>> [site.path for site in m.sites]
     ['dense', 'output']
     """
-    return Measurer(model, x, y, **settings)()
+    measurer = Measurer(
+        model,
+        x,
+        y,
+        batch_size=batch_size,
+        loss=loss,
+        loss_weights=loss_weights,
+        learning_rate=learning_rate,
+        training=training,
+        samples=samples,
+        memory=memory,
+        seed=seed,
+    )
+    return measurer()
 
 
 class Measurer:
@@ -61,7 +91,7 @@ class Measurer:
     Data and labels are read and checked when it is made, the weights at every call.
 
     Args:
-        model: a built Keras model of any kind.
+        model: a built Keras model of any kind, or the path of a saved one.
         x: inputs: arrays, a list or dict of arrays, a `tf.data.Dataset`, a `PyDataset`
             or an iterable of batches.
         y: labels, `(samples, ...)`, or one array for each output, in a list or by its
@@ -85,22 +115,23 @@ class Measurer:
         KerasNormError: as `measure`.
     """
 
+    @taking()
     def __init__(
         self,
         model: Any,
         x: Any,
         y: Any = None,
         *,
-        batch_size: int = 64,
+        batch_size: Count = 64,
         loss: Any = None,
         loss_weights: Any = None,
-        learning_rate: float | None = None,
+        learning_rate: Positive | None = None,
         training: bool = True,
-        samples: int = 256,
-        memory: float = 2e9,
-        seed: int = 0,
+        samples: Count = 256,
+        memory: Positive = 2e9,
+        seed: Seed = 0,
     ):
-        count("batch_size", batch_size)
+        model = opened(model, kind=keras.Model)
         inputs, labels = checked(model, x, y, samples)
         self.notes: list[str] = []
         self.model, self.training, self.rate = model, training, learning_rate
@@ -200,15 +231,6 @@ def checked(
         model, x, y: as for `Measurer`.
         samples: at most this many; None for all.
     """
-    if not isinstance(model, keras.Model):
-        raise KerasNormError(
-            "this is no Keras model",
-            got=f"{type(model).__name__} {model!r:.60}",
-            expected="a keras.Model",
-            fix="Open a saved one with kerasnorm.load.",
-        )
-    if samples is not None:
-        count("samples", samples)
     streamed = reading.batches_of(x) is not None
     inputs = reading.collect(model, x, samples if y is None or streamed else None)
     if y is None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import inspect
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 import keras
 import numpy as np
 
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.kernels.reparametrized import Reparametrized
 from kerasnorm.method.registry import Edit, Method, get, read
 from kerasnorm.recurrent import RNN
 from kerasnorm.rewriting.cells import carry_cells
-from kerasnorm.rewriting.plan import Plan, opened, plan
+from kerasnorm.rewriting.plan import Plan, plan
 from kerasnorm.rewriting.report import Report
 from kerasnorm.rewriting.verify import verify
+from kerasnorm.runtime.models import is_path, opened
 from rewriters import private
 from rewriters.edit import Edited, custom_objects_of, edit
 from rewriters.errors import reason
@@ -26,9 +28,6 @@ from rewriters.exchange import deserialize
 from rewriters.graph import Site, SiteMap
 from rewriters.saving import check_target, save
 from rewriters.transfer import own_variables, paired_layers
-
-
-FITS = ("affine", "refit", "distill")
 
 
 @overload
@@ -40,10 +39,11 @@ def rewrite(
     data: Any = None,
     fit: Literal["affine", "refit", "distill"] | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | str | None = None,
+    groups: int | Literal["auto"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
+    strict: bool = False,
     out: str | os.PathLike[str] | None = None,
     return_report: Literal[False] = False,
     custom_objects: Mapping[str, Any] | None = None,
@@ -62,10 +62,11 @@ def rewrite(
     data: Any = None,
     fit: Literal["affine", "refit", "distill"] | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | str | None = None,
+    groups: int | Literal["auto"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
+    strict: bool = False,
     out: str | os.PathLike[str] | None = None,
     return_report: Literal[True],
     custom_objects: Mapping[str, Any] | None = None,
@@ -75,6 +76,7 @@ def rewrite(
 ) -> tuple[keras.Model, Report]: ...
 
 
+@taking()
 def rewrite(
     model: Any,
     method: str | Method | Plan | None = None,
@@ -83,10 +85,11 @@ def rewrite(
     data: Any = None,
     fit: Literal["affine", "refit", "distill"] | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | str | None = None,
+    groups: int | Literal["auto"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
+    strict: bool = False,
     out: str | os.PathLike[str] | None = None,
     return_report: bool = False,
     custom_objects: Mapping[str, Any] | None = None,
@@ -113,6 +116,8 @@ def rewrite(
             carry gamma and beta over only. Without `data`, None; with it, `"affine"`
             by default.
         where, groups, cells, layers, force, **arguments: see `plan`.
+        strict: layers that stay are an error, not one warning that says how many and
+            why.
         out: where to save the new model; never over the input.
         return_report: also return the `Report`.
         custom_objects: passed on to `load`.
@@ -124,8 +129,9 @@ def rewrite(
         The new `keras.Model`, or `(model, report)`.
 
     Raises:
-        KerasNormError: bad arguments or data, before any work; an exact step that
-            turned out not to be.
+        KerasNormError: bad arguments or data, a `where` that selects nothing, or, with
+            `strict`, a layer that stays: before any work; an exact step that turned
+            out not to be.
         RewriteError: a file that cannot be read, a model that cannot be rebuilt.
 
     Example:
@@ -136,7 +142,7 @@ def rewrite(
     'dense'
     """
     started = time.perf_counter()
-    source = model if _is_path(model) else None
+    source = model if is_path(model) else None
     wanted = {
         "weights": weights,
         "where": where,
@@ -151,6 +157,13 @@ def rewrite(
     site_map = SiteMap(model)
     if not isinstance(method, Plan):
         method = plan(model, method, site_map=site_map, **wanted)
+    if strict and method.staying:
+        raise KerasNormError(
+            "not all layers can be swapped",
+            got=method.staying,
+            fix="print(kerasnorm.plan(...)) shows the details; without strict=True"
+            " the others are swapped",
+        )
     if fit is None and data is not None and (method.groups or not method.exact):
         fit = "affine"
     if data is not None:
@@ -178,6 +191,8 @@ def rewrite(
     )
     if out is not None:
         save(edited.model, out, inputs=(source,))
+    if method.staying:
+        warnings.warn(f"{method.staying}.", stacklevel=3)  # past `taking`
     return (edited.model, report) if return_report else edited.model
 
 
@@ -332,10 +347,6 @@ def _fit(
     )
 
 
-def _is_path(model: Any) -> bool:
-    return isinstance(model, str) or hasattr(model, "__fspath__")
-
-
 def _check(
     method: Any,
     wanted: Mapping[str, Any],
@@ -369,10 +380,6 @@ def _check(
         from kerasnorm.fitting.fit import check_options
 
         check_options(options)
-    if fit not in (None, *FITS):
-        raise KerasNormError(
-            "unknown fit", got=repr(fit), expected=f"None or one of {', '.join(FITS)}"
-        )
     if fit is not None and data is None:
         raise KerasNormError(
             f"fit={fit!r} needs data",

@@ -11,18 +11,20 @@ from typing import Any
 import keras
 import numpy as np
 
+from kerasnorm.common.errors import taking
 from kerasnorm.kernels.reparametrized import Reparametrized
 from kerasnorm.method import adoption, moving_statistics
 from kerasnorm.method.registry import Options, Source, get, read
 from kerasnorm.rewriting.apply import keep_frozen
-from kerasnorm.rewriting.plan import opened
 from kerasnorm.rewriting.verify import verify
+from kerasnorm.runtime.models import is_path, opened
 from rewriters.compare import outputs
 from rewriters.edit import Edited, edit
 from rewriters.graph import SiteMap
 from rewriters.saving import check_target, save
 
 
+@taking()
 def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
     """Folds kerasnorm's layers back into Keras's own.
 
@@ -49,7 +51,7 @@ def export(model: Any, out: str | os.PathLike[str] | None = None) -> Any:
     >>> type(kerasnorm.export(model).layers[0]).__name__
     'Dense'
     """
-    path = model if isinstance(model, (str, os.PathLike)) else None
+    path = model if is_path(model) else None
     if out is not None:
         check_target(out, inputs=(path,))
     model = opened(model)

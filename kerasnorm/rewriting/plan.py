@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import keras
 
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.method.registry import (
     Adoption,
     Edit,
@@ -27,8 +27,14 @@ from kerasnorm.method.registry import (
     read,
 )
 from kerasnorm.rewriting.cells import CELLS, adopt_cell, cell_options
+from kerasnorm.runtime.models import opened
+from rewriters.arguments import shown
 from rewriters.edit import custom_objects_of
 from rewriters.graph import Site, SiteMap, selects
+
+
+# So many paths are named for one reason, at most.
+FEW = 3
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,25 @@ class Plan:
         """Whether the new model must compute at inference what the old one did."""
         return self.fidelity in (None, Fidelity.EXACT, Fidelity.AT_INFERENCE)
 
+    @property
+    def staying(self) -> str | None:
+        """How many layers stay that should be swapped, and why; None where none do.
+        Layers that are of the method already are as wanted."""
+        if not self.steps and not self.refused:
+            return f"{self.model!r} has no layer to swap"
+        reasons: dict[Reason, list[str]] = {}
+        for r in self.refused:
+            if r.reason is not Reason.ALREADY:
+                reasons.setdefault(r.reason, []).append(r.path)
+        if not reasons:
+            return None
+        stay = sum(map(len, reasons.values()))
+        why = "; ".join(
+            f"{reason} ({', '.join(paths[:FEW])}{', ...' * (len(paths) > FEW)})"
+            for reason, paths in reasons.items()
+        )
+        return f"{stay} of {len(self.steps) + stay} layers stay as they are: {why}"
+
     def to_json(self) -> str:
         """The plan as JSON text."""
         return json.dumps(asdict(self), indent=2)
@@ -147,13 +172,14 @@ class Plan:
         return plan_table(self)
 
 
+@taking()
 def plan(
     model: Any,
     method: str | Method | None = None,
     *,
     weights: str | Method | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | str | None = None,
+    groups: int | Literal["auto"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
@@ -186,14 +212,8 @@ def plan(
         is a step or a refusal.
 
     Raises:
-        KerasNormError: unknown method, argument or value; nothing else is raised.
+        KerasNormError: unknown method, argument or value; `where` selects nothing.
     """
-    if not (where is None or isinstance(where, str) or callable(where)):
-        raise KerasNormError(
-            "this selects no layers",
-            got=f"where={where!r}",
-            expected="a glob on paths, such as 'block2*', or a function of a site",
-        )
     site_map = site_map or SiteMap(opened(model))
     target, around = _targets(method, weights)
     first = target or around
@@ -206,6 +226,16 @@ def plan(
     options = _options(first, groups, layers, force, arguments)
     with keras.saving.custom_object_scope(custom_objects_of(site_map)):
         builder = _built(site_map, target, around, where, cells, options)
+    if where is not None and not builder.steps and not builder.refused:
+        everywhere = _built(site_map, target, around, None, cells, options)
+        found = [x.path for x in (*everywhere.steps, *everywhere.refused)]
+        raise KerasNormError(
+            "no layer that could be swapped is selected",
+            got=f"where={shown(where)}",
+            expected=f"some of {', '.join(found[:5])}{', ...' * (len(found) > 5)}"
+            if found
+            else f"a model that has one, which {site_map.model.name!r} has not",
+        )
     return Plan(
         first.name,
         getattr(site_map.model, "name", ""),
@@ -310,12 +340,6 @@ def _targets(method: Any, weights: Any) -> tuple[Method | None, Method | None]:
 
 
 def _cell_options(cells: bool | Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(cells, (bool, Mapping)):
-        raise KerasNormError(
-            "cells are swapped or not",
-            got=f"cells={cells!r}",
-            expected="True, False, or a dict of further arguments of the cells",
-        )
     options = cells if isinstance(cells, Mapping) else {}
     known = set().union(*map(cell_options, CELLS.values()))
     for name in options:
@@ -353,12 +377,6 @@ def _options(
     force: bool,
     arguments: Mapping[str, Any],
 ) -> Options:
-    if layers not in ("auto", "keras", "kerasnorm"):
-        raise KerasNormError(
-            "unknown kind of layers",
-            got=repr(layers),
-            expected="'auto', 'keras' or 'kerasnorm'",
-        )
     known = _known_arguments(target)
     arguments = dict(arguments)
     if groups is not None:
@@ -410,18 +428,3 @@ def _known_arguments(target: Method) -> set[str]:
         if "__init__" in vars(cls):
             names |= set(inspect.signature(cls.__init__).parameters)
     return names - {"self", "kwargs", "args", "name", "dtype", "trainable", "layer"}
-
-
-def opened(model: Any, custom_objects: Any = None) -> Any:
-    """The model itself, loaded where a path is given."""
-    if isinstance(model, str) or hasattr(model, "__fspath__"):
-        from rewriters.formats import load
-
-        return load(model, custom_objects=custom_objects)
-    if not isinstance(model, keras.layers.Layer):
-        raise KerasNormError(
-            "this is no Keras model",
-            got=f"{type(model).__name__} {model!r:.60}",
-            expected="a keras.Model, or the path of a saved one",
-        )
-    return model

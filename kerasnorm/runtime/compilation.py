@@ -12,11 +12,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.numerics import backend
 from rewriters import private
 
@@ -48,13 +48,8 @@ class jit:
     ```
     """
 
-    def __init__(self, mode: bool | str):
-        if mode != "auto" and not isinstance(mode, bool):
-            raise KerasNormError(
-                "no such mode of compilation",
-                got=repr(mode),
-                expected='"auto", True or False',
-            )
+    @taking()
+    def __init__(self, mode: bool | Literal["auto"]):
         self._before = list(_chosen)
         _chosen[:] = [mode]
 

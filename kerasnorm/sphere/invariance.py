@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from kerasnorm.common.errors import KerasNormError
+from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.common.results import render
 from kerasnorm.flow.analysis import Flow, flows
 from kerasnorm.method.registry import read
+from kerasnorm.runtime.models import opened
 from rewriters import private
 from rewriters.compare import nudged, outputs, relative
 
@@ -78,6 +79,7 @@ class Weights(Sequence[Flow]):
         return render(("weight", "scale invariant", "", "because"), rows)
 
 
+@taking()
 def scale_invariant_weights(model: Any, verify: Any = None) -> Weights:
     """Which weights can be scaled without changing what the model computes in training.
 
@@ -89,7 +91,7 @@ def scale_invariant_weights(model: Any, verify: Any = None) -> Weights:
     wherever they are held; where their filters lie follows from the layer.
 
     Args:
-        model: any built Keras model; left untouched.
+        model: any built Keras model, or the path of a saved one; left untouched.
         verify: inputs (arrays as `model` takes them): each unit of each invariant
             weight is scaled by 0.1 or 10 at random, all at once, and the outputs in
             training mode are compared.
@@ -110,6 +112,7 @@ def scale_invariant_weights(model: Any, verify: Any = None) -> Weights:
     >>> scale_invariant_weights(model)["dense/kernel"].granularity
     'filter'
     """
+    model = opened(model)
     found = flows(model)
     if verify is None:
         return Weights(found)

@@ -12,12 +12,13 @@ import contextlib
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
 
 from rewriters import private
+from rewriters.arguments import Path, taking
 from rewriters.errors import RewriteError, reason
 from rewriters.formats import (
     adapted,
@@ -49,11 +50,12 @@ from rewriters.transfer import finalize
 _POINTER = b"version https://git-lfs"
 
 
+@taking()
 def load(
-    path: str | os.PathLike[str],
+    path: Path,
     *,
-    custom_objects: dict[str, Any] | None = None,
-    lambdas: dict[str, Callable[..., Any]] | None = None,
+    custom_objects: Mapping[str, Any] | None = None,
+    lambdas: Mapping[str, Callable[..., Any]] | None = None,
     safe_mode: bool = True,
     compile: bool = True,
 ) -> keras.Model:

@@ -18,6 +18,7 @@ import numpy as np
 
 from rewriters import private
 from rewriters.errors import RewriteError, reason
+from rewriters.formats import masks
 from rewriters.formats.modernize import problems
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
 from rewriters.formats.tensorflow_ops import Unsupported
@@ -177,6 +178,7 @@ def _functional(spec: Spec) -> Any:
         if s.kind == "InputLayer":
             outputs[s.name, 0] = keras.tree.flatten(layers[s.name].output)
         todo += [(s, i, call) for i, call in enumerate(s.calls)]
+    steps = [(s, i) for s, i, _ in todo]
 
     def tensor(ref: Ref) -> Any:
         return outputs[ref.layer, ref.node][ref.tensor]
@@ -192,8 +194,13 @@ def _functional(spec: Spec) -> Any:
                     if s.operation:
                         result = _operate(s, i, args, kwargs)
                     else:
-                        result = layers[s.name](*args, **kwargs)
-                        _build_inside(layers[s.name], args, kwargs)
+                        layer = layers[s.name]
+                        if spec.keras_2:
+                            kwargs = masks.given(layer, args, kwargs)
+                        result = layer(*args, **kwargs)
+                        if spec.keras_2:
+                            masks.passed_on(layer, args, result)
+                        _build_inside(layer, args, kwargs)
                 except Unsupported as e:
                     unsupported[s.name] = e
                 else:
@@ -212,10 +219,19 @@ def _functional(spec: Spec) -> Any:
                 fix="The file is damaged: fetch or save it again",
             )
         todo = waiting
-    cls = PinnedTraining if spec.pinned and _pins(spec, layers) else spec.cls
+    ends = map_refs(tensor, spec.outputs)
+    own = [x for x in layers.values() if x is not None]
+    made = [outputs[s.name, i] for s, i in steps if s.operation]
+    own += [private.keras_history(t).operation for t in keras.tree.flatten(made)]
+    masks.name_apart(ends, own, layers)
+    cls = (
+        PinnedTraining
+        if spec.keras_2 and spec.cls is keras.Model and _pins(spec, layers)
+        else spec.cls
+    )
     return cls(
         inputs=map_refs(tensor, spec.inputs),
-        outputs=map_refs(tensor, spec.outputs),
+        outputs=ends,
         name=spec.name,
     )
 
@@ -244,9 +260,7 @@ def _operate(spec: Spec, index: int, args: list[Any], kwargs: dict[str, Any]) ->
             continue
         operation = history.operation
         # The last node, found first, is the layer that the file has.
-        operation.name = f"{name}.{len(named)}" if named else name
-        if private.auto_config(operation, None) is not None:
-            private.auto_config(operation).config["name"] = operation.name
+        masks.rename(operation, f"{name}.{len(named)}" if named else name)
         named.add(operation)
         todo += private.inbound_nodes(operation)[history.node_index].input_tensors
     return result

@@ -326,7 +326,7 @@ class _Translator:
             layers=layers,
             inputs=_ends(config["input_layers"], end),
             outputs=_ends(config["output_layers"], end),
-            pinned=self.generation < 3 and custom is None,
+            keras_2=self.generation < 3,
         )
 
     def _note_overridden(self, config: dict[str, Any]) -> None:

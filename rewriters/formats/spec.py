@@ -40,8 +40,8 @@ class Spec:
         rename: stored variable name to this layer's, None for one not needed.
         input_shape: of a subclassed model, whose layers only a call builds: the
             shape of its inputs, batch included, in their structure.
-        pinned: of a functional model: whether the `training` that its calls
-            recorded wins over the model's own, as in Keras 1 and 2.
+        keras_2: of a functional model: whether it is of Keras 1 or 2, where a
+            `training` that calls recorded wins, and masks are passed otherwise.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Spec:
     operation: bool = False
     rename: dict[str, str | None] = dataclasses.field(default_factory=dict)
     input_shape: Any = None
-    pinned: bool = False
+    keras_2: bool = False
 
 
 def map_refs(function: Callable[[Ref], Any], value: Any) -> Any:

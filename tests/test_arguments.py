@@ -186,3 +186,81 @@ def test_models_of_tf_keras_say_how_to_get_on():
     ):
         with pytest.raises(kerasnorm.KerasNormError, match=r"Save it with model\.save"):
             call()
+
+
+# ------------------------------------------------------- outputs that are not finite
+
+
+def broken(share):
+    """The small model, whose outputs are NaN where the first input is below this."""
+    inputs = keras.Input((4,))
+    bad = keras.ops.where(inputs[:, :1] < share, np.nan, 0.0)
+    return keras.Model(inputs, small()(inputs) + bad)
+
+
+def test_outputs_that_are_nan_are_said():
+    x, y = data()["x"], data()["y"]
+    model, lost = broken(0.5), int((x[:, 0] < 0.5).sum())
+    assert 0 < lost < 8
+    found = adversarial.evaluate(model, x, y, **ATTACK)
+    texts = [w.text for w in found.warnings if w.code == "not-finite"]
+    assert f"the clean inputs: the outputs of {lost} are NaN or infinite" in texts
+    for call in (
+        lambda: adversarial.evaluate(broken(2.0), x, y, **ATTACK),
+        lambda: properties.measure(broken(2.0), x, y),
+    ):
+        with pytest.raises(kerasnorm.KerasNormError, match="all outputs of the model"):
+            call()
+    notes = properties.measure(model, np.sort(x, 0), y, batch_size=2).notes
+    assert any("batches give outputs that are NaN" in note for note in notes)
+    with pytest.raises(kerasnorm.KerasNormError, match=f"got {lost} of 8 samples"):
+        kerasnorm.rewrite(model, "gn", groups=2, data=x, verbose=False)
+
+
+def test_a_training_that_diverged_goes_on():
+    x, y = data()["x"], data()["y"]
+    model = broken(2.0)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    robust = callbacks.AdversarialEvaluation(x, y, "fgsm", eps=0.1)
+    logs = model.fit(x, y, epochs=2, verbose=0, callbacks=[robust]).history
+    assert np.isnan(logs["val_fgsm_accuracy"]).all() and len(
+        logs["val_robust_accuracy"]
+    )
+
+
+def test_one_sample_and_what_is_read():
+    x, y = data()["x"], data()["y"]
+    with pytest.warns(UserWarning, match="one sample"):
+        kerasnorm.rewrite(small(), "gn", groups=2, data=x[:1], verbose=False)
+    odd = np.concatenate([x, x])
+    odd[1] = np.nan  # not among those that are used
+    found = properties.measure(small(), odd, np.concatenate([y, y]), samples=4)
+    assert found.samples == 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"attacked": ["a", "b"]}, "attacked=['a', 'b']. Expected a whole number"),
+        ({"preprocessing": lambda x: np.asarray(x) / 2}, "made of keras.ops"),
+        ({"preprocessing": lambda x: np.tanh(x.numpy())}, "made of keras.ops"),
+        ({"preprocessing": {"scale": 2}}, "Expected a function or None"),
+        ({"x": [[0.1] * 4] * 8}, "Pass np.asarray(x)"),
+        ({"y": "pgd"}, "attacks='pgd'"),
+        ({"x": iter([1])}, "a source of batches has its classes itself"),
+    ],
+)
+def test_what_attacks_cannot_use(wrong, says):
+    with pytest.raises(kerasnorm.KerasNormError) as stop:
+        adversarial.evaluate(**{**data(), **ATTACK, **wrong})
+    assert says in str(stop.value)
+    if "y" in wrong or ("x" in wrong and not isinstance(wrong["x"], list)):
+        with pytest.raises(kerasnorm.KerasNormError):
+            callbacks.AdversarialEvaluation(wrong.get("x", data()["x"]), "pgd")
+
+
+def test_evaluate_takes_a_path(folder):
+    given = {**data(), **ATTACK}
+    found = adversarial.evaluate(**{**given, "model": "model.keras"})
+    loaded = adversarial.evaluate(**{**given, "model": kerasnorm.load("model.keras")})
+    assert found.clean_accuracy == loaded.clean_accuracy

@@ -319,3 +319,9 @@ def _greedy(order: Tensor, room: Tensor, budget: Tensor, price: Tensor) -> Tenso
     cost = _dot(price, edge)
     share = ops.minimum(rest / ops.maximum(cost, TINY), 1.0)
     return full + edge * share[:, None]
+
+
+def slack(norm: str, x: np.ndarray, distance: Any) -> Any:
+    """How far two ways to compute a distance from `x` in float32 may differ."""
+    largest = max(1.0, float(np.abs(x).max(initial=0)))
+    return 1e-5 * distance + rounding(norm, largest, math.prod(x.shape[1:]))

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from kerasnorm.common.errors import KerasNormError
+
 
 DOCS = "docs/adversarial.md"
 
@@ -18,12 +20,17 @@ CODES = {
     "rising": "points that fall in a small ball stand in a larger one",
     "randomized": "the same input gives different outputs",
     "range": "the data, the bounds and eps do not fit each other",
+    "not-finite": "outputs are NaN or infinite, which count as wrong answers",
     "unconfirmed": "adversarial examples failed the check afterwards, and do not count",
     "hidden-logits": "probabilities are attacked, as the logits are out of reach",
 }
 
 # Shares of the points tried from which a sign counts.
 FLAT, ODD = 0.1, 0.02
+
+
+class NotFinite(KerasNormError):
+    """All outputs of a model are NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Evidence:
     again: list[tuple[float, int, int]] = field(default_factory=list)
     flat: list[tuple[str, int, int]] = field(default_factory=list)
     apart: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, int] = field(default_factory=dict)
 
     def saw(
         self,
@@ -108,6 +116,11 @@ def warnings(seen: Evidence, results: Sequence[Any], clean: np.ndarray) -> list[
             )
         )
     found += _range(seen)
+    found += [
+        Sign("not-finite", f"{where}: the outputs of {n} are NaN or infinite")
+        for where, n in seen.broken.items()
+        if n
+    ]
     found += [
         Sign("unconfirmed", f"{name}: {n} examples") for name, n in seen.apart.items()
     ]

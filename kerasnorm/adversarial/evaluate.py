@@ -14,11 +14,12 @@ from keras import ops
 from kerasnorm.adversarial import checks
 from kerasnorm.adversarial.apgd import apgd
 from kerasnorm.adversarial.attack import Attack, Stream, named, setting_of
-from kerasnorm.adversarial.ball import check_distance, rounding
+from kerasnorm.adversarial.ball import check_distance, slack
 from kerasnorm.adversarial.driver import Points, Runner
 from kerasnorm.adversarial.evaluation import AttackResult, Evaluation, within
 from kerasnorm.adversarial.fab import fab
 from kerasnorm.adversarial.reading import (
+    check_source,
     pieces,
     read_bounds,
     read_labels,
@@ -87,7 +88,8 @@ def evaluate(
 
     Raises:
         KerasNormError: a negative or NaN radius, inputs out of bounds, labels of
-            another shape, outputs that are not classes, no data: before any work.
+            another shape, outputs that are not classes, no data: before any work;
+            outputs that are all NaN.
 
     ```python
     result = evaluate(model, x, y, attacks=["pgd", "apgd-ce"], norm="linf", eps=8 / 255)
@@ -182,12 +184,12 @@ class Evaluator:
 
     def __call__(self, x: Any, y: Any = None) -> Evaluation:
         """Evaluates; see `evaluate`."""
+        check_source(x, y)
         if y is None:
             self._streams = True
             if self.bounds is None:
                 raise KerasNormError(
-                    "the bounds of a source that comes in batches are not known",
-                    got="bounds=None",
+                    "the bounds of a source of batches are not known: got bounds=None",
                     expected="numbers or arrays",
                 )
             parts = [
@@ -224,6 +226,13 @@ class Evaluator:
         n, victim = len(x), self.victim
         outputs = self.predict(x, others)
         clean = victim.decide(outputs) == y
+        broken = ~np.isfinite(outputs).all(-1)
+        if broken.all():
+            raise checks.NotFinite(
+                "all outputs of the model are NaN or infinite",
+                got=f"{n} inputs",
+                fix="Look for weights that are not finite; rewrite and load keep them.",
+            )
         ranks = self._ranks(x, y, others, outputs)
         points = Points(x, y, others, ranks)
         distance = np.where(clean, np.inf, 0.0)
@@ -236,6 +245,7 @@ class Evaluator:
             hidden=victim.hidden,
             random=self._is_random(x, others, outputs),
         )
+        evidence.broken["the clean inputs"] = int(broken.sum())
         results: list[AttackResult] = []
         standing = clean.copy()
         share = 1.0 / (len(self.radii) * len(self.attacks))
@@ -259,7 +269,7 @@ class Evaluator:
                         lambda s, a=label, d=done: bar.update(a, d + share * s),
                     )
                     steps = int(found.steps.sum())
-                    ok, apart = self._confirm(points, rows, found, bounds)
+                    ok, apart, lost = self._confirm(points, rows, found, bounds)
                     fell = ok & self._within(attack, x[rows], found.distance, eps)
                     # What left the ball by rounding alone is at its edge.
                     found.distance[fell] = np.minimum(found.distance[fell], eps)
@@ -267,6 +277,7 @@ class Evaluator:
                     distance[rows[near]] = found.distance[near]
                     best[rows[near]] = found.x[near]
                     fallen[rows[fell]] = True
+                    evidence.broken[f"{attack.name}, eps {eps:.4g}"] = lost
                     evidence.saw(attack, eps, found, rows, fell, apart)
                 standing &= ~fallen
                 left = (clean & ~fallen) if self.alone else standing
@@ -403,24 +414,22 @@ class Evaluator:
 
     def _confirm(
         self, points: Points, rows: np.ndarray, found: Any, bounds: tuple[Any, Any]
-    ) -> tuple[np.ndarray, int]:
-        """Which of the found examples are what they claim to be, and how many not."""
+    ) -> tuple[np.ndarray, int, int]:
+        """Which of the found examples are what they claim to be, how many are not, and
+        of how many the outputs are not finite."""
         hit = np.flatnonzero(np.isfinite(found.distance))
         ok = np.zeros(len(rows), bool)
         if not len(hit):
-            return ok, 0
+            return ok, 0, 0
         which, x = rows[hit], found.x[hit]
-        wrong = (
-            self.victim.decide(self.predict(x, [a[which] for a in points.others]))
-            != points.y[which]
-        )
+        decided = self.victim.decide(self.predict(x, [a[which] for a in points.others]))
         low, high = (np.asarray(b, "float32") for b in bounds)
         within = ((x >= low) & (x <= high)).reshape(len(x), -1).all(1)
         distance = check_distance(self.norm, points.x[which], x)
         near = np.abs(distance - found.distance[hit]) <= slack(self.norm, x, distance)
         found.distance[hit] = distance
-        ok[hit] = wrong & within & near
-        return ok, int((~ok[hit]).sum())
+        ok[hit] = (decided != points.y[which]) & within & near
+        return ok, int((~ok[hit]).sum()), int((decided < 0).sum())
 
     def _is_random(
         self, x: np.ndarray, others: Sequence[np.ndarray], outputs: np.ndarray
@@ -429,12 +438,6 @@ class Evaluator:
         again = self.predict(x[rows], [a[rows] for a in others], draw=1)
         scale = np.abs(outputs[rows]).max() + 1e-6
         return bool(np.abs(again - outputs[rows]).max() > 1e-3 * scale)
-
-
-def slack(norm: str, x: np.ndarray, distance: Any) -> Any:
-    """How far two ways to compute a distance from `x` in float32 may differ."""
-    largest = max(1.0, float(np.abs(x).max(initial=0)))
-    return 1e-5 * distance + rounding(norm, largest, math.prod(x.shape[1:]))
 
 
 def _subset(points: Points, rows: np.ndarray) -> Points:

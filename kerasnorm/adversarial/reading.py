@@ -13,6 +13,7 @@ from kerasnorm.adversarial.attack import Attack, read
 from kerasnorm.adversarial.ball import canonical
 from kerasnorm.common.data import as_array, batch_count, batches_of, joined
 from kerasnorm.common.errors import KerasNormError
+from rewriters.arguments import shown
 
 
 def read_settings(
@@ -134,6 +135,28 @@ def read_seed(seed: Any) -> int:
 
 def _short(b: np.ndarray) -> str:
     return f"{b.min():.6g}" if b.min() == b.max() else f"[{b.min():.6g}..{b.max():.6g}]"
+
+
+def check_source(x: Any, y: Any) -> None:
+    """Refuses classes beside a source of batches, and what cannot be classes.
+
+    Raises:
+        KerasNormError: as said.
+    """
+    listed = y if isinstance(y, (list, tuple)) else [y]
+    attacks = [v for v in listed if isinstance(v, (str, Attack))]
+    if attacks:
+        raise KerasNormError(
+            "y are the classes",
+            got=f"y={shown(y)}",
+            fix="Give attacks by their keyword: attacks='pgd'.",
+        )
+    if y is not None and batches_of(x) is not None:
+        raise KerasNormError(
+            "a source of batches has its classes itself",
+            got=f"{type(x).__name__} and y",
+            expected="batches (inputs, classes), and y=None",
+        )
 
 
 def pieces(data: Any, rows: int, whole: bool) -> Iterator[tuple[Any, Any]]:

@@ -10,11 +10,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm.common.data import fits, keys_of
+from kerasnorm.common.data import as_array, fits, keys_of
 from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.kernels.reparametrized import Reparametrized
 from kerasnorm.runtime.models import opened
 from rewriters import private
+from rewriters.arguments import shown
+from rewriters.errors import reason
 from rewriters.program import fixed_batch, is_graph
 
 
@@ -86,7 +88,14 @@ class Victim:
         Returns:
             The attacked input, and the others.
         """
-        leaves = [np.asarray(ops.convert_to_numpy(a)) for a in tree.flatten(x)]
+        leaves = [as_array(a) for a in tree.flatten(x)]
+        if leaves and not any(a.ndim for a in leaves):
+            raise KerasNormError(
+                "the inputs are numbers in lists",
+                got=f"{type(x).__name__} {shown(x)}",
+                expected="an array, or a list or dict of arrays",
+                fix="Pass np.asarray(x).",
+            )
         self.structure = tree.pack_sequence_as(x, list(range(len(leaves))))
         self.place = self._place(x, len(leaves))
         if any(a.ndim == 0 for a in leaves) or len({len(a) for a in leaves}) != 1:
@@ -164,6 +173,8 @@ class Victim:
         size = np.arange(self.fixed_batch or min(2, len(x))) % len(x)
         rows = [ops.convert_to_tensor(a[size]) for a in (x, *others)]
         built = self.model.built
+        if self.preprocessing is not None:
+            _check_preprocessing(self.preprocessing, rows[0])
         try:
             with keras.StatelessScope() if built else contextlib.nullcontext():
                 y = self.plain(rows[0], rows[1:])
@@ -328,6 +339,27 @@ def _ending(model: Any) -> Any:
             layer, recorded = inner[-1] if inner else None, False
     calls += len(private.inbound_nodes(layer, ()))
     return layer if _kind(layer) and (calls <= 1 or not recorded) else None
+
+
+def _check_preprocessing(function: Any, x: Tensor) -> None:
+    """Refuses what cannot be compiled, and so not be differentiated either."""
+    try:
+        y = function(x)
+        known = not isinstance(y, (np.ndarray, np.generic)) and hasattr(y, "shape")
+        why = f"it returns {type(y).__name__}"
+        if known and not isinstance(function, keras.layers.Layer):
+            # NumPy takes a tensor that has values, but not one that has a shape alone.
+            spec = keras.KerasTensor(tuple(x.shape), "float32")
+            keras.layers.Lambda(function).compute_output_spec(spec)
+    except Exception as error:  # of anybody's code
+        known, why = False, f"{type(error).__name__}: {reason(error)}"
+    if not known:
+        raise KerasNormError(
+            "preprocessing is no differentiable function of a tensor",
+            got=why,
+            expected="a function made of keras.ops, or a layer",
+            fix="NumPy has no gradients: use keras.ops in its place.",
+        )
 
 
 def _kind(operation: Any) -> str | None:

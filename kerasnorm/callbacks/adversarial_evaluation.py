@@ -18,9 +18,10 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm.adversarial.attack import setting_of
+from kerasnorm.adversarial.checks import NotFinite
 from kerasnorm.adversarial.evaluate import Evaluator
 from kerasnorm.adversarial.evaluation import Evaluation
-from kerasnorm.adversarial.reading import pieces, read_settings
+from kerasnorm.adversarial.reading import check_source, pieces, read_settings
 from kerasnorm.adversarial.victim import Outputs
 from kerasnorm.callbacks._steps import Steps
 from kerasnorm.common.data import spaced
@@ -153,6 +154,7 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         self._epoch, self._began, self._spent = 0, 0.0, 0.0
         self._steps = Steps(every_steps)
         read_settings(attacks, norm, eps)
+        check_source(x, y)
 
     @property
     def share(self) -> float:
@@ -223,8 +225,12 @@ class AdversarialEvaluation(keras.callbacks.Callback):
         if self._evaluator is None or not same:
             self._evaluator = self._make(model, averages)
             self._attacked = attacked
-        found = self.evaluation = self._evaluator(self.x, self.y)
-        values = self._values(found)
+        try:
+            found = self.evaluation = self._evaluator(self.x, self.y)
+            values = self._values(found)
+        except NotFinite as error:  # of a training that diverged: `fit` says so too
+            private.print_msg(f"\n{type(self).__name__}: {error}")
+            values = self._undefined()
         if self.weight_norms:
             values["weight_norm"] = weight_norm(model)
         seconds = time.perf_counter() - started
@@ -252,6 +258,16 @@ class AdversarialEvaluation(keras.callbacks.Callback):
             values[name] = result.accuracy  # the largest radius comes last
         values["robust_accuracy"] = found.robust_accuracy
         return {self.prefix + name: float(value) for name, value in values.items()}
+
+    def _undefined(self) -> dict[str, float]:
+        """NaN for all that is logged."""
+        evaluator = self._evaluator
+        names = ["clean_accuracy", "robust_accuracy"]
+        for attack in evaluator.attacks if evaluator is not None else ():
+            names.append(f"{attack.name}_accuracy")
+            if evaluator is not None and len(evaluator.radii) > 1:
+                names += [f"{names[-1]}_eps{eps:.4g}" for eps in evaluator.radii]
+        return {self.prefix + name: math.nan for name in names}
 
     def _averages(self) -> list[tuple[Any, Any]]:
         if not self.ema:

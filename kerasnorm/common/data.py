@@ -38,6 +38,7 @@ class Inputs:
     structure: Any
     cut: bool = False
     stream: Stream | None = None
+    total: int = 0
 
     def pack(self, flat: Sequence[Any]) -> Any:
         """Flat values as the model's call takes them."""
@@ -52,7 +53,11 @@ class Inputs:
 
 
 def collect(
-    model: Any, data: Any, samples: int | None = None, memory: float = 2e9
+    model: Any,
+    data: Any,
+    samples: int | None = None,
+    memory: float = 2e9,
+    every: bool = True,
 ) -> Inputs:
     """Inputs of a data source, checked against the model.
 
@@ -65,6 +70,7 @@ def collect(
             first of a source that comes in batches.
         memory: batches are read until they take this many bytes; to join them takes as
             many again.
+        every: check the values of those that are not used too.
 
     Raises:
         KerasNormError: no data; NaN or infinite values; shapes, number or names of
@@ -96,14 +102,18 @@ def collect(
     arrays = [joined(p) for p in columns]
     if batches is not None:
         arrays = [a[:samples] for a in arrays]
-    _check_values(model, arrays)
+    total = len(arrays[0])
+    if every:
+        _check_values(model, arrays)
     if batches is None:
         arrays = _spread(arrays, samples)
+    if not every:
+        _check_values(model, arrays)
     stream = None
     once = isinstance(data, Iterator) or batch_count(data) == math.inf
     if cut and samples is None and not once:
         stream = Stream(model, data, len(parts[0][0]))
-    return Inputs(arrays, structure, cut, stream)
+    return Inputs(arrays, structure, cut, stream, total)
 
 
 class Stream:
@@ -255,10 +265,6 @@ def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
-def _has_axes(x: Any) -> bool:
-    return _is_array(x) and len(x.shape) > 0
-
-
 def _inputs_of_batch(batch: Any) -> Any:
     if isinstance(batch, tuple):
         return batch[0]
@@ -269,7 +275,7 @@ def _inputs_of_arrays(model: Any, data: Any) -> Any:
     """Arrays may come as `x` or `(x, y)`; a model of two inputs makes that ambiguous,
     and there a tuple of as many arrays as inputs is the inputs."""
     if isinstance(data, tuple) and len(data) in (2, 3):
-        if _count(model) != len(data) or not all(_is_array(d) for d in data):
+        if len(_names(model)) != len(data) or not all(_is_array(d) for d in data):
             return data[0]
     return data
 
@@ -292,7 +298,11 @@ def _flat(model: Any, x: Any) -> tuple[Arrays, Any]:
             )
         leaves = [x[k] for k in order]
         structure = {k: n for n, k in enumerate(order)}
-    elif isinstance(x, (list, tuple)) and x and all(map(_has_axes, x)):
+    elif (
+        isinstance(x, (list, tuple))
+        and x
+        and all(_is_array(v) and len(v.shape) for v in x)
+    ):
         leaves = list(x)
         structure = type(x)(range(len(x))) if len(x) > 1 else 0
     else:
@@ -368,10 +378,6 @@ def keys_of(structure: Any) -> list[Any]:
     if isinstance(structure, Mapping):
         return tree.flatten({k: k for k in structure})
     return []
-
-
-def _count(model: Any) -> int:
-    return len(_names(model))
 
 
 def _names(model: Any, count: int = 0) -> list[str]:

@@ -12,15 +12,19 @@ import inspect
 import math
 import numbers
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from kerasnorm.common import data as reading
 from kerasnorm.common.errors import KerasNormError, count
 from kerasnorm.common.progress import Progress
 from kerasnorm.fitting.distill import checked_views, distill
 from kerasnorm.fitting.walk import SiteFit, Walk
+from rewriters.compare import outputs
 from rewriters.program import fixed_batch
 
 
@@ -127,6 +131,12 @@ def fit(
         }
     )
     inputs = prepare(teacher, data, method, samples=samples, memory=memory)
+    _check_outputs(teacher, inputs)
+    if len(inputs) == 1:
+        warnings.warn(
+            "The fit has one sample. It needs at least a few dozen to be of use.",
+            stacklevel=2,
+        )
     batch_size = fixed_batch(teacher) or batch_size
     views = checked_views(teacher, inputs, views)
     history, notes = {}, []
@@ -179,6 +189,26 @@ def fit(
         history,
         (*notes, *walk.notes),
     )
+
+
+def _check_outputs(teacher: Any, inputs: reading.Inputs) -> None:
+    """Refuses to fit to outputs that are not finite: a few samples show.
+
+    Raises:
+        KerasNormError: they are not.
+    """
+    size = fixed_batch(teacher) or min(len(inputs), 32)
+    rows = reading.spaced(len(inputs), size)
+    x = inputs.pack([a[rows] for a in inputs.arrays])
+    found = [y for y in outputs(teacher, x) if y.dtype.kind == "f" and len(y)]
+    lost = sum(~np.isfinite(y.reshape(len(y), -1)).all(1) for y in found)
+    if np.any(lost):
+        raise KerasNormError(
+            "the original's outputs are NaN or infinite",
+            got=f"{np.count_nonzero(lost)} of {size} samples",
+            expected="finite outputs to fit to",
+            fix="Leave these samples away, or look for weights that are not finite.",
+        )
 
 
 def check_options(options: Any) -> None:

@@ -19,7 +19,7 @@ from kerasnorm.properties import candidates as making
 from kerasnorm.properties import rules
 from kerasnorm.properties.confirm import Training, train
 from kerasnorm.properties.loss import objective
-from kerasnorm.properties.measure import checked, measure
+from kerasnorm.properties.measure import Measurer, checked
 from kerasnorm.properties.measurement import Measurement, aligned, number
 from kerasnorm.runtime.models import opened
 from kerasnorm.runtime.programs import one_of
@@ -322,7 +322,7 @@ def compass(
             if r.reason is registry.Reason.DEGENERATE
         ]
         for size in sizes:
-            measured = measure(
+            measured = Measurer(
                 new,
                 inputs.pack(inputs.arrays),
                 labels or None,
@@ -333,7 +333,7 @@ def compass(
                 samples=samples,
                 memory=memory,
                 seed=seed,
-            )
+            )()
             for rate in rates:
                 m = _at(measured, rate)
                 out = (*degenerate[:1], *rules.findings(m, method, momentum))

@@ -82,7 +82,14 @@ def measure(
         memory=memory,
         seed=seed,
     )
-    return measurer()
+    found = measurer()
+    if measurer.broken == found.samples // found.batch_size:
+        raise KerasNormError(
+            "all outputs of the model are NaN or infinite",
+            got=found.notes[-1],
+            fix="Look for weights that are not finite there.",
+        )
+    return found
 
 
 class Measurer:
@@ -145,6 +152,7 @@ class Measurer:
                 f"{memory / 1e9:.2g} GB"
             )
             self.batch = fits
+        self.broken = 0  # batches whose outputs are not finite
         self.watched = probes(model)
         if not self.watched:
             raise KerasNormError(
@@ -190,6 +198,14 @@ class Measurer:
             notes.append("one sample a batch: dependence on the others is not known")
         if len(set(rates.values())) > 1:
             notes.append("learning rates differ; that of the first kernel is told")
+        lost = [_broken(p[0], watched) for p in passes]
+        self.broken = sum(path is not None for path in lost)
+        if self.broken:
+            first = next(path for path in lost if path is not None)
+            notes.append(
+                f"{self.broken} of {len(passes)} batches give outputs that are NaN or"
+                f" infinite, from {first!r} on"
+            )
         found = [
             _gather(k, [p[0] for p in passes]) for k in (*range(len(watched)), OUTPUT)
         ]
@@ -232,10 +248,10 @@ def checked(
         samples: at most this many; None for all.
     """
     streamed = reading.batches_of(x) is not None
-    inputs = reading.collect(model, x, samples if y is None or streamed else None)
+    inputs = reading.collect(model, x, samples, every=samples is None)
     if y is None:
         return inputs, []
-    n = len(inputs)
+    n = len(inputs) if streamed else inputs.total
     missing = np.zeros((n, 0), "float32")  # of an output that no loss reads
     labels = [
         missing if v is None else keras.ops.convert_to_numpy(v)
@@ -249,11 +265,8 @@ def checked(
             got=f"labels of shape {[v.shape for v in labels]}",
             expected=f"{n} of them",
         )
-    if samples is None:
-        return inputs, labels
-    both = reading.Inputs([*inputs.arrays, *labels], 0).spread(samples).arrays
-    n = len(inputs.arrays)
-    return reading.Inputs(both[:n], inputs.structure), both[n:]
+    rows = reading.spaced(n, samples)
+    return inputs, [v[rows] for v in labels]
 
 
 def _bytes(model: Any, inputs: reading.Inputs) -> int:
@@ -303,6 +316,18 @@ def _dependence(
         for k, r in first.items()
         if r.sketch is not None and k in second
     }
+
+
+def _broken(found: dict[int, Reading], watched: Sequence[Probe]) -> str | None:
+    """The first place whose values are not finite, where the outputs are not."""
+
+    def finite(k: int) -> bool:
+        mean = found[k].mean if k in found else None
+        return mean is None or bool(np.isfinite(mean).all())
+
+    if finite(OUTPUT):
+        return None
+    return next((w.path for k, w in enumerate(watched) if not finite(k)), "output")
 
 
 def _gather(k: int, passes: Sequence[dict[int, Reading]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Kinds of layers that Keras 3 lacks or stores otherwise, in files of Keras 2."""
 
 import json
+import zipfile
 
 import h5py
 import keras
@@ -113,9 +114,9 @@ def entry(kind, name, **config):
     return {"class_name": kind, "config": {"name": name, "trainable": True, **config}}
 
 
-def write_h5(path, layer, shape, weights):
+def write_h5(path, layer, shape, weights, dtype="float32"):
     """A Sequential of one layer, as Keras 2 wrote it."""
-    first = entry("InputLayer", "x", batch_input_shape=[None, *shape], dtype="float32")
+    first = entry("InputLayer", "x", batch_input_shape=[None, *shape], dtype=dtype)
     config = {"name": "m", "layers": [first, layer]}
     with h5py.File(path, "w") as f:
         f.attrs["keras_version"] = "2.15.0"
@@ -148,3 +149,96 @@ def test_the_copy_that_weights_were_initialized_with_is_not_needed(tmp_path, rng
     wanted = x @ (g * v / np.linalg.norm(v, axis=0)) + bias
     y = load(tmp_path / "m.h5").predict(x, verbose=0)
     np.testing.assert_allclose(y, wanted, 1e-4, 1e-5)
+
+
+def test_normalized_weights_of_other_layers_become_plain(tmp_path, rng):
+    v, g, bias = rng.normal(size=(3, 4, 2)), rng.normal(size=2), rng.normal(size=4)
+    inner = entry("Conv1DTranspose", "conv", filters=4, kernel_size=[3])
+    layer = entry("Addons>WeightNormalization", "wn", layer=inner, data_init=False)
+    weights = {
+        "wn/g:0": g,
+        "wn/kernel:0": v,
+        "wn/bias:0": bias,
+        "wn/initialized:0": np.array(True),
+    }
+    write_h5(tmp_path / "m.h5", layer, (5, 2), weights)
+    model = load(tmp_path / "m.h5")
+    found = model.get_layer("wn")
+    assert type(found) is keras.layers.Conv1DTranspose
+    wanted = g * v / np.sqrt(np.sum(v**2, axis=(0, 1)))
+    np.testing.assert_allclose(np.array(found.kernel.value), wanted, 1e-5, 1e-6)
+    np.testing.assert_allclose(np.array(found.bias.value), bias, 1e-5, 1e-6)
+
+
+def test_only_the_recurrent_kernel_of_cells_was_normalized(tmp_path, rng):
+    v, g = rng.normal(size=(4, 4)), rng.normal(size=4)
+    kernel, bias = rng.normal(size=(2, 4)), rng.normal(size=4)
+    inner = entry("SimpleRNN", "rnn", units=4)
+    layer = entry("WeightNormalization", "wn", layer=inner, data_init=True)
+    config = {"name": "m", "layers": [
+        entry("InputLayer", "x", batch_input_shape=[None, 5, 2]), layer,
+    ]}  # fmt: skip
+    arrays = {
+        "vars/0": g,
+        "vars/1": v,
+        "vars/2": np.array(True),
+        "layer/cell/vars/0": kernel,
+        "layer/cell/vars/1": bias,
+        "_naked_clone_layer/cell/vars/0": kernel + 1,
+    }
+    write_archive(tmp_path, config, "weight_normalization", arrays)
+    found = load(tmp_path / "m.keras").get_layer("wn").cell
+    wanted = g * v / np.linalg.norm(v, axis=0)
+    for variable, array in zip(
+        (found.kernel, found.recurrent_kernel, found.bias),
+        (kernel, wanted, bias),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.array(variable.value), array, 1e-5, 1e-6)
+
+
+def test_a_learned_epsilon_comes_first_in_an_archive(tmp_path, rng):
+    gamma, beta = rng.normal(size=(2, 1, 1, 1, 3))
+    layer = entry(
+        "Addons>FilterResponseNormalization",
+        "frn",
+        axis=[1, 2],
+        epsilon=1e-6,
+        learned_epsilon=True,
+    )
+    config = {"name": "m", "layers": [
+        entry("InputLayer", "x", batch_input_shape=[None, 5, 5, 3]), layer,
+    ]}  # fmt: skip
+    arrays = {"vars/0": np.array([0.3]), "vars/1": gamma, "vars/2": beta}
+    write_archive(tmp_path, config, "filter_response_normalization", arrays)
+    x = rng.normal(size=(2, 5, 5, 3)).astype("float32")
+    square = np.mean(x**2, axis=(1, 2), keepdims=True)
+    wanted = gamma * x / np.sqrt(square + 1e-6 + 0.3) + beta
+    y = load(tmp_path / "m.keras").predict(x, verbose=0)
+    np.testing.assert_allclose(y, wanted, 1e-4, 1e-5)
+
+
+def write_archive(folder, config, place, arrays):
+    """A `.keras` archive of Keras 2.15 with the weights of one layer."""
+    with h5py.File(folder / "w.h5", "w") as f:
+        for name, value in arrays.items():
+            f.create_dataset(f"layers/{place}/{name}", data=value)
+    model = {"class_name": "Sequential", "config": config}
+    with zipfile.ZipFile(folder / "m.keras", "w") as z:
+        z.writestr("config.json", json.dumps(model))
+        z.writestr("metadata.json", json.dumps({"keras_version": "2.15.0"}))
+        z.write(folder / "w.h5", "model.weights.h5")
+
+
+def test_a_spectrally_normalized_embedding_gives_floats(tmp_path, rng):
+    table = rng.normal(size=(7, 4)).astype("float32")
+    inner = entry("Embedding", "e", input_dim=7, output_dim=4)
+    layer = entry("Addons>SpectralNormalization", "sn", layer=inner, power_iterations=1)
+    weights = {"sn/embeddings:0": table, "sn/sn_u:0": rng.normal(size=(1, 4))}
+    write_h5(tmp_path / "m.h5", layer, (5,), weights, dtype="int32")
+    tokens = rng.integers(0, 7, (3, 5)).astype("int32")
+    new = load(tmp_path / "m.h5")
+    new.save(tmp_path / "new.keras")
+    for found in (new, keras.saving.load_model(tmp_path / "new.keras")):
+        y = found.predict(tokens, verbose=0)
+        np.testing.assert_allclose(y, table[tokens], 1e-5, 1e-6)

@@ -103,7 +103,9 @@ def _filter_response(config):
     kept = {k: v for k, v in config.items() if k not in unused}
     learns = bool(config.get("learned_epsilon"))
     kept |= {"axis": -1, "threshold": False, "learn_epsilon": learns}
-    return Conversion(FilterResponseNormalization, kept)
+    order = ("learned_epsilon", "gamma", "beta") if learns else ()
+    places = {f"vars/{i}": name for i, name in enumerate(order)}
+    return Conversion(FilterResponseNormalization, kept, {**places})
 
 
 # tensorflow-addons keeps the last axis of any kernel apart, which is that of the

@@ -12,12 +12,17 @@ converters when it is imported:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from rewriters import private
+from rewriters.formats.saved import Array
 
 
+Fold = Callable[[list[Array], str], list[Array]]
 Converter = Callable[[dict[str, Any]], "Conversion"]
 _aliases: dict[str, list[tuple[Callable[[dict], bool], Converter]]] = {}
 
@@ -34,11 +39,14 @@ class Conversion:
             differ, and None for an array that is not needed, or for all below a
             part, `"part/"`. `.keras` archives of Keras 2 have no names but places,
             such as `"layer/vars/0"`.
+        fold: what makes the renamed arrays into those of `cls`, given all arrays and
+            the layer's name; None where they are these.
     """
 
     cls: type
     config: dict[str, Any]
     rename: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    fold: Fold | None = None
 
 
 def alias(*names: str, when: Callable[[dict], bool] = lambda config: True):
@@ -92,12 +100,63 @@ def _contrib_instance(config):
     return Conversion(StdInstanceNormalization, config)
 
 
+def _has_kernel(config):
+    layer = config.get("layer")
+    return isinstance(layer, dict) and hasattr(_keras(), str(layer.get("class_name")))
+
+
+@alias("Addons>WeightNormalization", "WeightNormalization", when=_has_kernel)
+def _addons_weight(config):
+    """Any layer with a kernel: the kernel in use becomes a plain one."""
+    cls = getattr(_keras(), config["layer"]["class_name"])
+    recurrent = issubclass(cls, _keras().RNN)
+    kernel = "recurrent_kernel" if recurrent else "kernel"
+    places = {"vars/0": "g", "vars/1": kernel, "vars/2": None, "layer/vars/0": "bias"}
+    places |= {"layer/cell/vars/0": "kernel", "layer/cell/vars/1": "bias"}
+    unused = {"initialized": None, "data_dep_init/": None, "_naked_clone_layer/": None}
+    outer = {k: config[k] for k in ("name", "trainable", "dtype") if k in config}
+    return Conversion(
+        cls,
+        {**config["layer"]["config"], **outer},
+        {**unused, **places},
+        functools.partial(_fold_lengths, kernel),
+    )
+
+
+def _fold_lengths(kernel: str, arrays: list[Array], name: str) -> list[Array]:
+    """`g v / |v|` instead of `v`, per index of the last axis of any kernel."""
+
+    def find(tail: str) -> Array:
+        for a in arrays:
+            parts = a.name.split("/")
+            if parts[-1] == tail and (len(parts) == 1 or name in parts):
+                return a
+        raise KeyError(f"{name} has no {tail}")
+
+    g, v = find("g"), find(kernel)
+
+    def read() -> np.ndarray:
+        x = np.asarray(v.read(), "float64")
+        square = np.sum(x**2, axis=tuple(range(x.ndim - 1)))
+        w = x * (np.asarray(g.read()) / np.sqrt(np.maximum(square, 1e-12)))
+        return w.astype(v.read().dtype)
+
+    folded = Array(v.name, v.shape, read)
+    return [folded if a is v else a for a in arrays if a is not g]
+
+
 @alias("Addons>SpectralNormalization")
 @alias("SpectralNormalization", when=lambda config: "power_iterations" in config)
 def _addons_spectral(config):
     places = {"layer/vars/0": "kernel", "layer/vars/1": "bias"}
+    cls = _keras().SpectralNormalization
+    if config["layer"]["class_name"] == "Embedding":
+        from rewriters.formats.layers import SpectralEmbedding
+
+        cls = SpectralEmbedding
+        places = {"layer/vars/0": "embeddings"}
     return Conversion(
-        _keras().SpectralNormalization,
+        cls,
         config,
         {"sn_u": "vector_u", **places, "vars/0": None, "vars/1": "vector_u"},
     )

@@ -201,6 +201,18 @@ class SeveralAxesBatchNormalization(keras.layers.Layer):
         }
 
 
+@keras.saving.register_keras_serializable("rewriters")
+class SpectralEmbedding(keras.layers.SpectralNormalization):
+    """`SpectralNormalization` of an `Embedding`, with floats as output.
+
+    Keras's casts the output to the type of the input, which are integers here.
+    """
+
+    def call(self, inputs, training=False):
+        y = super().call(ops.cast(inputs, "float32"), training=training)
+        return ops.cast(y, self.compute_dtype)
+
+
 def getitem(tensor: Any, slice_spec: Any, var: Any = None) -> Any:
     """`tensor[slice_spec]`, where a slice is a dict of its start, stop and step."""
 

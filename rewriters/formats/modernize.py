@@ -143,7 +143,7 @@ class _Translator:
 
     def _known(self, names: list[str], config: dict, entry: dict) -> Spec:
         """A stock or foreign layer; a class that is neither is noted as missing."""
-        kind, rename = names[-1], {}
+        kind, rename, fold = names[-1], {}, None
         if self.generation == 1:
             kind, config = keras1.modernize(kind, config)
         config = self._with_functions(config)
@@ -154,6 +154,7 @@ class _Translator:
                 self.changed.append(f"{config.get('name')} {_CHANGED[kind]}")
             conversion = converter(dict(config))
             cls, config, rename = conversion.cls, conversion.config, conversion.rename
+            fold = conversion.fold
             config = keras2.modernize(cls.__name__, config, self.generation)[1]
         elif ">" not in names[0]:
             if kind == "BatchNormalization" and config.get("virtual_batch_size"):
@@ -175,7 +176,7 @@ class _Translator:
         if operation:  # of Keras 3: its arguments are not the call's
             make = functools.partial(_call_operation, cls, config)
             return Spec(kind, kind, make, operation=True)
-        return Spec(kind, kind, cls, config, rename=rename)
+        return Spec(kind, kind, cls, config, rename=rename, fold=fold)
 
     def _with_functions(self, config: dict[str, Any]) -> dict[str, Any]:
         """Puts functions that were given or registered in the place of their names."""

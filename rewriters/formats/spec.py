@@ -38,6 +38,7 @@ class Spec:
         outputs: likewise of its outputs; None makes a model sequential.
         trainable: the layer's flag, None where the file does not say.
         rename: stored variable name to this layer's, None for one not needed.
+        fold: what makes the renamed arrays into this layer's, see `Conversion`.
         input_shape: of a subclassed model, whose layers only a call builds: the
             shape of its inputs, batch included, in their structure.
         keras_2: of a functional model: whether it is of Keras 1 or 2, where a
@@ -55,6 +56,7 @@ class Spec:
     trainable: bool | None = None
     operation: bool = False
     rename: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    fold: Callable[..., Any] | None = None
     input_shape: Any = None
     keras_2: bool = False
 

@@ -213,4 +213,6 @@ def _renamed(layer: Any, spec: Spec, group: Any) -> Pairs:
         if name is not None and not below(spec.rename, place):
             found = array(group, place)
             arrays.append(Array(name, found.shape, found.read))
+    if spec.fold:
+        arrays = spec.fold(arrays, spec.name)
     return pair(weights(layer), arrays, f"the layer {layer.name!r}")

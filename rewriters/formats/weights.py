@@ -7,6 +7,7 @@ fails. Nothing is read before all of them have.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,15 @@ def _renamed(arrays: list[Array], spec: Spec | None) -> list[Array]:
         tail = None if below(rename, head) else rename.get(tail, tail)
         if tail is not None:
             kept.append(Array(f"{head}/{tail}", array.shape, array.read))
+    for name, fold in _folds(spec) if spec else ():
+        kept = fold(kept, name)
     return kept
+
+
+def _folds(spec: Spec) -> list[tuple[str, Callable[..., Any]]]:
+    inner = [s for s in spec.config.values() if isinstance(s, Spec)]
+    found = [f for s in [*(spec.layers or ()), *inner] for f in _folds(s)]
+    return [*found, (spec.name, spec.fold)] if spec.fold else found
 
 
 def _renames(spec: Spec) -> dict[str, str | None]:

@@ -11,7 +11,8 @@ from keras import ops, tree
 
 from kerasnorm.adversarial.attack import Attack, read
 from kerasnorm.adversarial.ball import canonical
-from kerasnorm.common.data import as_array, batch_count, batches_of, joined
+from kerasnorm.common.arrays import as_array
+from kerasnorm.common.data import batch_count, batches_of, joined
 from kerasnorm.common.errors import KerasNormError
 from rewriters.arguments import shown
 

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from kerasnorm.common.data import as_array, fits, keys_of
+from kerasnorm.common.arrays import as_array
+from kerasnorm.common.data import fits, keys_of
 from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.kernels.reparametrized import Reparametrized
 from kerasnorm.runtime.models import opened

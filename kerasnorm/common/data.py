@@ -12,9 +12,9 @@ import keras
 import numpy as np
 from keras import tree
 
+from kerasnorm.common.arrays import as_array
 from kerasnorm.common.errors import KerasNormError
 from rewriters import private
-from rewriters.arguments import shown
 from rewriters.program import fixed_batch
 
 
@@ -353,24 +353,6 @@ def _leaves(wanted: Any, x: Any) -> list[Any]:
             expected=str(tree.map_structure(lambda t: tuple(t.shape), wanted)),
         ) from error
     return tree.flatten(x)
-
-
-def as_array(values: Any) -> np.ndarray:
-    """An array of a tensor, an array or nested lists.
-
-    Raises:
-        KerasNormError: the lists are uneven within.
-    """
-    try:
-        if hasattr(values, "shape"):
-            return keras.ops.convert_to_numpy(values)
-        return np.asarray(values)
-    except ValueError:
-        raise KerasNormError(
-            "the data is no array",
-            got=f"{type(values).__name__} {shown(values)}, uneven within",
-            expected="samples of one shape; batches as a generator or a dataset",
-        ) from None
 
 
 def keys_of(structure: Any) -> list[Any]:

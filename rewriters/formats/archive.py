@@ -76,7 +76,7 @@ def members(folder: pathlib.Path) -> Iterator[str]:
     """The places in the folder of the files that an archive of it would hold."""
     yield from _MEMBERS
     if os.path.lexists(folder / "assets"):
-        yield from (f"assets/{place}" for place in walk(folder / "assets"))
+        yield from walk(folder, "assets")
 
 
 def zipped(folder: pathlib.Path, names: list[str]) -> io.BytesIO:

@@ -22,6 +22,10 @@ def check_target(path: pathlib.Path) -> None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise RewriteError("There is no such file", fix="Check the path") from None
+    except OSError as e:  # a link to itself, a name too long
+        raise RewriteError(
+            "The path cannot be followed", got=e.strerror, fix="Check the path"
+        ) from e
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise _refused(path.name, mode)
 
@@ -40,14 +44,14 @@ def inside(folder: pathlib.Path, place: str) -> pathlib.Path:
     return folder / place
 
 
-def walk(folder: pathlib.Path) -> Iterator[str]:
-    """Yields the place in `folder` of every file below it.
+def walk(folder: pathlib.Path, inner: str) -> Iterator[str]:
+    """Yields the place in `folder` of every file below its folder `inner`.
 
     Raises:
         RewriteError: if one of them, or a folder, is a link, a pipe or a device.
     """
-    _check(folder, "", stat.S_ISDIR)
-    todo = [""]
+    _check(folder, inner, stat.S_ISDIR)
+    todo = [f"{inner}/"]
     while todo:
         here = todo.pop()
         with os.scandir(folder / here) as entries:
@@ -96,7 +100,7 @@ def _check(folder: pathlib.Path, place: str, wanted: Callable[[int], bool]) -> N
             fix="Fetch or save it again",
         ) from None
     if not wanted(mode):
-        raise _refused(place or folder.name, mode)
+        raise _refused(place, mode)
 
 
 def _refused(place: str, mode: int) -> RewriteError:

@@ -28,6 +28,11 @@ _FILTERS = {
     h5py.h5z.FILTER_SCALEOFFSET,
     h5py.h5z.FILTER_LZF,
 }
+# Groups in groups; a path is followed from the top for each array.
+_DEPTH = 300
+# Attributes of one object. Keras writes some ten, and a long list of names as one for
+# every 64 KB; libhdf5 finds the next of n in n steps.
+_ATTRIBUTES = 2000
 # Packed arrays up to this size are tried out before they are read.
 _TRIED = 1 << 24
 
@@ -64,7 +69,7 @@ def open_file(source: Any) -> h5py.File:
 
 def _walk(file: h5py.File) -> None:
     """Touches all that a reader may: every group, link, attribute and packed array."""
-    todo: list[tuple[str, h5py.Group]] = [("/", file)]
+    todo: list[tuple[str, h5py.Group]] = [("", file)]
     seen = set()
     while todo:
         place, item = todo.pop()
@@ -74,6 +79,8 @@ def _walk(file: h5py.File) -> None:
             seen.add(hash(item.id))
             alive()
             budget.spend("members", what=repr(place[:80]))
+            if place.count("/") > _DEPTH:
+                raise _damaged(f"groups nested {_DEPTH} deep and more")
             _walk_attributes(place, item)
             if isinstance(item, h5py.Dataset):
                 _check_layout(item, place)
@@ -84,9 +91,9 @@ def _walk(file: h5py.File) -> None:
             if isinstance(item, h5py.Group):
                 for name in item:
                     budget.spend("names", what=f"the links of {place[:80]!r}")
-                    check_link(item, name, place + name)
+                    check_link(item, name, f"{place}/{name}")
                     with _left_to_the_reader():
-                        todo.append((f"{place}{name}/", item[name]))
+                        todo.append((f"{place}/{name}", item[name]))
 
 
 @contextlib.contextmanager
@@ -103,6 +110,8 @@ def _left_to_the_reader() -> Iterator[None]:
 
 def _walk_attributes(place: str, item: Any) -> None:
     count = h5py.h5a.get_num_attrs(item.id)
+    if count > _ATTRIBUTES:
+        raise _damaged(f"{count} attributes of {place[:80]!r}")
     budget.spend("names", count, what=f"the attributes of {place[:80]!r}")
     for key in item.attrs:
         alive()

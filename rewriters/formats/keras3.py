@@ -7,7 +7,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import keras
@@ -54,13 +54,28 @@ def load(
                 return private.load_archive(stream, compile=True, **arguments)
             except Exception as e:
                 stream.seek(0)
-                model = private.load_archive(stream, compile=False, **arguments)
+                model = _without_training(stream, arguments)
                 warnings.warn(
                     f"The model is not compiled: {reason(e)}",
                     stacklevel=3,
                 )
                 return model
+        return _without_training(stream, arguments)
+
+
+def _without_training(stream: IO[bytes], arguments: dict[str, Any]) -> keras.Model:
+    try:
         return private.load_archive(stream, compile=False, **arguments)
+    except ValueError as e:
+        said = [line.strip() for line in str(e).splitlines() if line.strip()]
+        if not said or "could not be loaded" not in said[0]:
+            raise
+        raise RewriteError(
+            "The weights in the file do not fit the model",
+            got=" ".join(said[1:2] or said)[:300],
+            expected="one array of the right shape for every weight of the model",
+            fix="The file is damaged: fetch or save it again",
+        ) from e
 
 
 def _check_config(

@@ -42,7 +42,7 @@ def members(folder: pathlib.Path) -> Iterator[str]:
     if os.path.lexists(folder / _METADATA):
         yield _METADATA
     if os.path.lexists(folder / "variables"):
-        yield from (f"variables/{place}" for place in walk(folder / "variables"))
+        yield from walk(folder, "variables")
 
 
 def read(path: str) -> Saved:

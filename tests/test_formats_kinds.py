@@ -242,3 +242,18 @@ def test_a_spectrally_normalized_embedding_gives_floats(tmp_path, rng):
     for found in (new, keras.saving.load_model(tmp_path / "new.keras")):
         y = found.predict(tokens, verbose=0)
         np.testing.assert_allclose(y, table[tokens], 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_discretization_sees_floats(suffix, tmp_path, rng):
+    k = pytest.importorskip("tf_keras")
+    x = k.Input((4,))
+    model = k.Model(x, k.layers.Discretization([0.0, 0.5, 1.0])(x))
+    model.save(tmp_path / f"m{suffix}")
+    values = rng.normal(size=(9, 4)).astype("float32")
+    wanted = model.predict(values, verbose=0)
+    assert set(wanted.reshape(-1)) == {0, 1, 2, 3}
+    new = load(tmp_path / f"m{suffix}")
+    new.save(tmp_path / "new.keras")
+    for found in (new, keras.saving.load_model(tmp_path / "new.keras")):
+        np.testing.assert_array_equal(found.predict(values, verbose=0), wanted)

@@ -58,6 +58,8 @@ def modernize(kind: str, config: dict[str, Any], generation: int):
         if kind == "BatchNormalization" and config.get("virtual_batch_size"):
             # It was stored as an axis of the batch cut into virtual ones.
             config["axis"] -= config["axis"] > 0
+    if kind == "Discretization" and "int" in str(policy(config.get("dtype"))):
+        del config["dtype"]  # its output's; Keras 3 casts the inputs to it
     if kind == "BatchNormalization" and not config.get("renorm"):
         config = {k: v for k, v in config.items() if not k.startswith("renorm")}
     return _CLASSES.get(kind, kind), values(config, generation)

@@ -257,3 +257,13 @@ def test_discretization_sees_floats(suffix, tmp_path, rng):
     new.save(tmp_path / "new.keras")
     for found in (new, keras.saving.load_model(tmp_path / "new.keras")):
         np.testing.assert_array_equal(found.predict(values, verbose=0), wanted)
+
+
+def test_the_state_that_legacy_optimizers_lost_is_told(tmp_path):
+    k = pytest.importorskip("tf_keras")
+    model = k.Sequential([k.Input((3,)), k.layers.Dense(2)])
+    model.compile(k.optimizers.legacy.SGD(0.1, momentum=0.9), "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    model.save(tmp_path / "m.keras")
+    with pytest.warns(UserWarning, match="without the optimizer's state"):
+        assert load(tmp_path / "m.keras").optimizer.momentum == pytest.approx(0.9)

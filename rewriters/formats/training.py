@@ -76,7 +76,7 @@ def restore(model: Any, saved: Saved, custom_objects: dict[str, Any]) -> None:
             return
     # As Keras does when it loads: an optimizer saved unbuilt does not load again.
     model.optimizer.build(model.trainable_variables)
-    if saved.optimizer and not _restore_state(model, saved):
+    if not _restore_state(model, saved) if saved.optimizer else _keeps_none(saved):
         lost.append("the optimizer's state")
     if lost:
         warnings.warn(
@@ -84,6 +84,13 @@ def restore(model: Any, saved: Saved, custom_objects: dict[str, Any]) -> None:
             "which Keras 3 cannot restore from this file.",
             stacklevel=4,
         )
+
+
+def _keeps_none(saved: Saved) -> bool:
+    """Whether it is an archive with a legacy optimizer, whose state Keras 2 omitted."""
+    entry = saved.training and _optimizer_entry(saved.training)
+    module = entry.get("module") if isinstance(entry, dict) else None
+    return saved.tree is not None and "legacy" in str(module)
 
 
 def _optimizer_entry(training: dict[str, Any]) -> Any:

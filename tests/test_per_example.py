@@ -1,5 +1,5 @@
 """The gradient of each example by itself, as differentially private training takes it:
-all of a batch at once (`jacobian`, `vmap`) as one after the other."""
+all of a batch at once (`jacobian`, `vmap`, `vectorized_map`) as one after the other."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from keras import ops
 from kerasnorm.method.registry import get, methods
 from kerasnorm.method.testing import Subject
 from kerasnorm.numerics import backend
+from kerasnorm.recurrent import LSTMCell
 
 
 MAIN = {get(name).name for name in MAIN_METHODS}
@@ -59,6 +60,20 @@ def one_by_one(loss, weights, x):
     return [ops.stack(parts) for parts in zip(*found, strict=True)]
 
 
+def mapped(loss, weights, x):
+    """The same of `tf.vectorized_map`, which must not run the examples in a loop."""
+    import tensorflow as tf
+
+    def of_one(x):
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            value = loss(x[None], *weights)
+        zero = tf.UnconnectedGradients.ZERO
+        return tape.gradient(value, weights, unconnected_gradients=zero)
+
+    return tf.vectorized_map(of_one, x, fallback_to_while_loop=False)
+
+
 @pytest.mark.parametrize(("method", "case"), list(of_samples()))
 def test_all_at_once(method, case):
     subject = Subject(method, case)
@@ -80,9 +95,27 @@ def test_all_at_once(method, case):
         return ops.sum(ops.sin(y) * direction, axes)
 
     wanted = one_by_one(loss, weights, x)
-    for got, expected in zip(at_once(loss, weights, x), wanted, strict=True):
-        expected = ops.convert_to_numpy(expected)
-        scale = np.abs(expected).max() + 1e-6
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(got), expected, rtol=0, atol=1e-5 * scale
-        )
+    ways = [at_once]
+    if keras.backend.backend() == "tensorflow":
+        ways.append(mapped)
+    for way in ways:
+        for got, expected in zip(way(loss, weights, x), wanted, strict=True):
+            expected = ops.convert_to_numpy(expected)
+            scale = np.abs(expected).max() + 1e-6
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(got), expected, rtol=0, atol=1e-5 * scale
+            )
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow's")
+def test_recurrent_cells_are_mapped_without_a_loop():
+    import tensorflow as tf
+
+    cell = LSTMCell(4)
+    layer = keras.layers.RNN(cell, unroll=True)
+    x = np.random.default_rng(0).normal(size=(3, 2, 5)).astype("float32")
+    expected = layer(x)
+    got = tf.vectorized_map(
+        lambda v: layer(v[None])[0], tf.constant(x), fallback_to_while_loop=False
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

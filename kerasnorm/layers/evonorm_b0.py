@@ -89,11 +89,13 @@ class EvoNormB0(BatchStatistics):
             _, variance = moments.pool(mean, instance, (0,), weight)
             rate = (1 - self.momentum) * moments.seen(mask, x.dtype)
             self.moving_variance.assign(old + (variance[0, 0] - old) * rate)
-        batch = 1 / moments.inverse_root(variance, self.epsilon)
-        own = 1 / moments.inverse_root(instance, self.epsilon)
+        batch = moments.root(variance, self.epsilon)
+        own = moments.root(instance, self.epsilon)
         divisor = ops.maximum(batch, ops.cast(self.slope, x.dtype) * x + own)
         gamma, beta = self.affine(x.dtype)
-        y = moments.scale_shift(x, None, 1 / divisor, gamma, beta)
+        # Not 1 / divisor: in eight bits TensorFlow Lite refuses some divisors.
+        inverse = ops.square(ops.rsqrt(divisor))
+        y = moments.scale_shift(x, None, inverse, gamma, beta)
         return moments.saturate(y, self.compute_dtype)
 
 

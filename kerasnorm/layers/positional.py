@@ -63,7 +63,7 @@ class PositionalNormalization(LayerNormalization):
             return y
         x = ops.cast(inputs, self.statistics_dtype)
         mean, variance = moments.moments(x, self._axes(x.shape))
-        std = 1 / moments.inverse_root(variance, self.epsilon)
+        std = moments.root(variance, self.epsilon)
         return y, *(ops.cast(v, self.compute_dtype) for v in (mean, std))
 
     def compute_output_shape(self, input_shape):

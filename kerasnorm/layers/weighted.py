@@ -143,7 +143,8 @@ def _within(v, weights):
     """Sums over the members of each group, weighted for each channel."""
     size = weights.shape[0]
     groups = ops.reshape(v, (*ops.shape(v)[:-1], -1, size))
-    if backend.reads_once():  # products of so small matrices are slower there
+    # Products of so small matrices are slower on an accelerator, wrong in eight bits.
+    if backend.reads_once() or backend.translated():
         total = sum(groups[..., k : k + 1] * weights[k] for k in range(size))
     else:
         total = ops.einsum("...gk,kgc->...gc", groups, weights)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,13 @@ from rewriters import private
 
 
 Tensor = Any
+
+# Modules that trace a function to translate it, see `translated`.
+TRANSLATORS = (
+    private.EXPORT,
+    "tensorflow.lite",
+    "tensorflow.python.ops.parallel_for",
+)
 
 
 def custom_gradient(f: Callable) -> Callable:
@@ -269,7 +277,27 @@ def float_of(dtype: Any) -> str:
 
 def plain_cpu() -> bool:
     """Whether TensorFlow runs operation by operation, on a CPU."""
-    return keras.backend.backend() == "tensorflow" and on_cpu() and not under_xla()
+    here = keras.backend.backend() == "tensorflow" and on_cpu()
+    return here and not under_xla() and not translated()
+
+
+def translated() -> bool:
+    """Whether TensorFlow traces what another program, or `vectorized_map`, translates.
+
+    These lack operations, and eight bits want the plainest form: TensorFlow Lite sums
+    by a matrix product with an error as large as the sum. Nothing but who asks for the
+    trace says so.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    frame = None if tf.executing_eagerly() else sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(TRANSLATORS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def under_tensorflow_xla() -> bool:

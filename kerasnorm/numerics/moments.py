@@ -32,8 +32,14 @@ def statistics_dtype(dtype: str) -> str:
 
 
 def inverse_root(variance: Tensor, epsilon: float | Tensor) -> Tensor:
-    """`1 / sqrt(variance + epsilon)`: the one place where epsilon is added."""
+    """`1 / sqrt(variance + epsilon)`; epsilon is added here and in `root` alone."""
     return ops.rsqrt(ops.maximum(variance + epsilon, TINY))
+
+
+def root(variance: Tensor, epsilon: float | Tensor) -> Tensor:
+    """`sqrt(variance + epsilon)`, without a division: eight bits may divide by 0."""
+    level = ops.maximum(variance + epsilon, TINY)
+    return level * ops.rsqrt(level)
 
 
 def moments(
@@ -227,7 +233,9 @@ def scale_shift(
     """`(x - mean) * inverse * gamma + beta` as one multiplication and one addition."""
     slope = inverse if gamma is None else inverse * gamma
     offset = beta
-    if mean is not None:
+    if mean is not None and backend.translated():
+        x = x - mean  # in eight bits the two products would not cancel
+    elif mean is not None:
         offset = -mean * slope if beta is None else beta - mean * slope
     if offset is not None and slope.shape == offset.shape == x.shape[-1:]:
         return reductions.multiply_add(x, slope, offset)
@@ -356,6 +364,10 @@ def covariance(
 def rotate(x: Tensor, matrices: Tensor) -> Tensor:
     """Multiplies each group of channels of `x` by its `(groups, size, size)` matrix."""
     groups, size, _ = matrices.shape
+    if backend.translated():  # eight bits have one large product, and no small ones
+        one = ops.eye(groups, dtype=x.dtype)[:, None, :, None]
+        blocks = one * ops.transpose(matrices, (0, 2, 1))[:, :, None, :]
+        return ops.matmul(x, ops.reshape(blocks, (groups * size, groups * size)))
     parts = ops.reshape(x, (*ops.shape(x)[:-1], groups, size))
     turned = ops.einsum("bpgi,gji->bpgj", parts, matrices)
     return ops.reshape(turned, ops.shape(x))

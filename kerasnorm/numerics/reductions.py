@@ -6,7 +6,6 @@ What they compute is the same everywhere; the choices were measured, see
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ import keras
 from keras import ops
 
 from kerasnorm.numerics import backend
-from rewriters import private
 
 
 Tensor = Any
@@ -22,8 +20,6 @@ Tensor = Any
 # Sums over fewer elements than this are no work for a matrix product; over more than
 # the other it is neither faster nor as exact as a reduction.
 SHORT, LONG = 32, 2**17
-# Modules that trace a model for other programs.
-EXPORTERS = (private.EXPORT, "tensorflow.lite")
 
 
 def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -38,7 +34,8 @@ def row_mean(x: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is not None and len(weights.shape) > 1:
         x, weights = x * weights, None
     product = weights is not None or keras.backend.backend() == "tensorflow"
-    if backend.on_cpu() and product and SHORT <= columns < LONG:
+    product = product and backend.on_cpu() and not backend.translated()
+    if product and SHORT <= columns < LONG:
         if weights is None:
             weights = ops.ones((columns,), x.dtype)
         return ops.matmul(x, ops.reshape(weights / columns, (columns, 1)))
@@ -181,7 +178,7 @@ def mean_square(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
 
     def kernel(x):
         if keras.backend.backend() == "tensorflow" and not (
-            backend.under_xla() or _exported()
+            backend.under_xla() or backend.translated()
         ):
             import tensorflow as tf
 
@@ -192,16 +189,3 @@ def mean_square(x: Tensor, axes: Sequence[int], n: Tensor | float) -> Tensor:
         return result / n, lambda upstream: (x * (upstream * 2 / n),)
 
     return backend.custom_gradient(kernel)(x)
-
-
-def _exported() -> bool:
-    """Whether TensorFlow traces what other programs will run, which lack operations:
-    TensorFlow Lite, ONNX. Nothing but who asks for it tells."""
-    import tensorflow as tf
-
-    frame = None if tf.executing_eagerly() else sys._getframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith(EXPORTERS):
-            return True
-        frame = frame.f_back
-    return False

@@ -127,7 +127,8 @@ def description(method) -> str:
 
 
 def package(name: str) -> Callable[[str], str]:
-    """The `__init__` of a package of methods: its docstring, and every layer."""
+    """The `__init__` of a package of methods: its docstring, every layer, and what
+    a file's `__all__` names beside."""
 
     def page(old: str) -> str:
         docstring = old[: old.index('"""', 3) + 3]
@@ -138,7 +139,9 @@ def package(name: str) -> Callable[[str], str]:
             "",
         ]
         for entry in pkgutil.iter_modules(found.__path__, f"{name}."):
-            for layer in layer_names(importlib.import_module(entry.name)):
+            module = importlib.import_module(entry.name)
+            more = set(getattr(module, "__all__", ()))
+            for layer in sorted(more.union(layer_names(module))):
                 line = f"from {entry.name} import {layer} as {layer}"
                 if len(line) > 88:
                     line = f"from {entry.name} import (\n    {layer} as {layer},\n)"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from keras import tree
 
 from rewriters import private
 from rewriters.errors import RewriteError
+from rewriters.program import fixed_batch
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def rounding(model: Any, x: Any, *, draws: int = 3) -> float:
     Returns:
         The largest difference, relative as in `Comparison`.
     """
-    y = outputs(model, x)
-    moved = (outputs(model, nudged(x, seed)) for seed in range(draws))
+    run = _runner(model, x)
+    y = run(x)
+    moved = (run(nudged(x, seed)) for seed in range(draws))
     return max((relative(y, z) for z in moved), default=0.0)
 
 
@@ -139,16 +142,60 @@ def _gaps(ours: Sequence[Any], theirs: Sequence[Any]) -> list[tuple[float, float
     ]
 
 
+# From this many bytes of intermediate tensors, a graph is traced and run sample by
+# sample: called eagerly, Keras keeps all of them until the call ends.
+LARGE = 2**28
+
+
 def outputs(model: Any, x: Any, training: bool = False) -> list[Any]:
     """Flat list of a model's outputs as float32 arrays.
 
     What the call assigns, such as the states of a stateful recurrent layer, is as it
-    was afterwards.
+    was afterwards. Graphs with large intermediate tensors run sample by sample, in the
+    memory of a `predict`.
     """
-    inputs = tree.map_structure(keras.ops.convert_to_tensor, x)
-    with keras.StatelessScope() if model.built else contextlib.nullcontext():
-        result = tree.flatten(model(inputs, training=training))
-    return [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in result]
+    return _runner(model, x, training)(x)
+
+
+def _runner(model: Any, x: Any, training: bool = False) -> Callable[[Any], list[Any]]:
+    """A function of inputs like these, see `outputs`; traced at most once."""
+
+    def call(inputs: Any) -> list[Any]:
+        with keras.StatelessScope() if model.built else contextlib.nullcontext():
+            result = tree.flatten(model(inputs, training=training))
+        return [keras.ops.cast(y, "float32") for y in result]
+
+    def run(x: Any) -> list[Any]:
+        inputs = tree.map_structure(keras.ops.convert_to_tensor, x)
+        return [keras.ops.convert_to_numpy(y) for y in call(inputs)]
+
+    rows = {len(a) for a in tree.flatten(x) if np.ndim(a)}
+    large = len(rows) == 1 and _bytes(model) * max(rows) >= LARGE
+    if not large:
+        return run
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        call = tf.function(call, autograph=False)
+    if fixed_batch(model):
+        return run
+
+    def one_by_one(x: Any) -> list[Any]:
+        parts = [
+            run(tree.map_structure(lambda a, k=k: a[k : k + 1], x))
+            for k in range(len(tree.flatten(x)[0]))
+        ]
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    return one_by_one
+
+
+def _bytes(model: Any) -> int:
+    """Size of what the layers of a model give for one sample, where graphs say so."""
+    layers = private.flatten_layers(model)
+    nodes = [n for x in layers for n in private.inbound_nodes(x, ())]
+    shapes = [t.shape[1:] for n in nodes for t in n.outputs]
+    return 4 * sum(math.prod(d or 1 for d in shape) for shape in shapes)
 
 
 def random_inputs(model: Any, samples: int = 4, seed: int = 0, size: int = 16) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import adversarial_models as zoo
 import keras
@@ -12,6 +13,7 @@ from conftest import mostly_ci
 from keras import ops
 
 from kerasnorm import adversarial, weights
+from kerasnorm.adversarial import victim
 from kerasnorm.adversarial.attack import Attack, names, read
 from kerasnorm.adversarial.checks import CODES
 from kerasnorm.adversarial.driver import Runner
@@ -882,3 +884,26 @@ def test_a_stateful_model_is_left_as_it_is(rng):
     assert len(result.predicted) == 10
     for old, new in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(new), old)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_other_threads_see_the_activation_while_it_is_taken_off(whole):
+    layers = (
+        [keras.layers.Dense(3), keras.layers.Softmax()]
+        if whole
+        else [keras.layers.Dense(3, activation="softmax")]
+    )
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    last, x = model.layers[-1], np.ones((2, 4), "float32")
+    before = vars(last).get("activation"), "call" in vars(last)
+    y = keras.ops.convert_to_numpy(model(x))
+    with victim._without(last), ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(lambda: keras.ops.convert_to_numpy(model(x))).result()
+        off = keras.ops.convert_to_numpy(model(x))
+        with victim._without(victim._ending(model)):
+            pass
+        again = keras.ops.convert_to_numpy(model(x))
+    np.testing.assert_array_equal(seen, y)
+    np.testing.assert_array_equal(off, again)
+    assert not np.allclose(off, y)
+    assert (vars(last).get("activation"), "call" in vars(last)) == before

@@ -247,3 +247,14 @@ def test_positions_without_statistics_of_their_own_keep_their_digits(rng):
     exact = x.astype("float64")
     np.testing.assert_allclose(mean, exact.mean(1, keepdims=True), rtol=1e-6)
     np.testing.assert_allclose(variance, exact.var(1, keepdims=True), rtol=1e-4)
+
+
+def test_jit_takes_effect_where_it_is_entered():
+    with kerasnorm.jit("auto"):
+        first, second = kerasnorm.jit(True), kerasnorm.jit(False)
+        with first:
+            assert compilation.mode() is True
+            with second, first:
+                assert compilation.mode() is True
+            assert compilation.mode() is True
+        assert compilation.mode() is False  # the last that was made, for good

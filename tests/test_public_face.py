@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import keras
 import pytest
 from conftest import ROOT
 from test_docs import PAGES, blocks
@@ -55,3 +56,9 @@ def test_a_type_checker_sees_what_the_docs_use(tmp_path):
         if d["severity"] == "error"
     ]
     assert found["summary"]["filesAnalyzed"] > 10 and not errors, "\n".join(errors)
+
+
+def test_what_weight_methods_offer_beside_layers_is_public():
+    assert callable(kerasnorm.weights.rescale)
+    assert callable(kerasnorm.weights.normalize_weights)
+    assert issubclass(kerasnorm.callbacks.NodeRescaling, keras.callbacks.Callback)

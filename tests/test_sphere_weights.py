@@ -19,6 +19,7 @@ from kerasnorm.method.registry import Fidelity
 from kerasnorm.sphere import scale_invariant_weights
 from kerasnorm.weights.sphere import SphereNormalization
 from rewriters.compare import nudged, outputs, relative
+from rewriters.graph import SiteMap
 
 
 def trained(model, x):
@@ -166,3 +167,22 @@ def test_spheres_of_spheres():
 def test_bad_radius(radius):
     with pytest.raises(kerasnorm.KerasNormError, match="radius"):
         kerasnorm.rewrite(ZOO["residual"](), weights="sphere", radius=radius)
+
+
+def test_plans_of_one_map_do_not_share_what_follows_from_their_layers():
+    """Batch normalization is blind to a filter's length, a dynamic tanh is not."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, 3, name="conv"),
+            keras.layers.BatchNormalization(name="norm"),
+        ]
+    )
+    site_map = SiteMap(model)
+
+    def note(method):
+        plan = kerasnorm.plan(model, method, weights="sphere", site_map=site_map)
+        return next(s.note for s in plan.steps if s.path == "conv")
+
+    assert "learned radius" not in note("gn")
+    assert "learned radius" in note("dyt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -364,34 +365,62 @@ def _check_preprocessing(function: Any, x: Tensor) -> None:
 
 
 def _kind(operation: Any) -> str | None:
-    """How it can be taken off: by its activation, or as a whole."""
+    """The attribute by which it can be taken off: its activation, or its call."""
     squash = (keras.activations.softmax, keras.activations.sigmoid)
-    if getattr(operation, "activation", None) in squash:
+    activation = getattr(operation, "activation", None)
+    if isinstance(activation, _Aside) or activation in squash:
         return "activation"
     whole = type(operation).__name__ in ("Softmax", "Sigmoid")
     plain = getattr(operation, "axis", -1) in (-1, 1)
-    return "whole" if whole and plain else None
+    return "call" if whole and plain else None
+
+
+class _Aside:
+    """Stands for an activation, and for a call, that some threads see taken off.
+
+    The user may call the model at the same time: other threads see it as it is.
+    """
+
+    def __init__(self, function: Any):
+        self.function = function
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.seen_off = threading.local()
+        self.users = 0
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.seen_off, "depth", 0):
+            return x
+        return self.function(x, *args, **kwargs)
+
+
+_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def _without(operation: Any) -> Iterator[None]:
-    """Takes the activation off while a model is traced."""
+    """Takes the activation off while a model is traced, for this thread alone."""
     if operation is None:
         yield
         return
-    if _kind(operation) == "activation":
-        kept = operation.activation
-        operation.activation = keras.activations.linear
-        try:
-            yield
-        finally:
-            operation.activation = kept
-        return
-    object.__setattr__(operation, "call", lambda x, *args, **kwargs: x)
+    name: Any = _kind(operation)
+    with _LOCK:
+        aside = vars(operation).get(name)
+        if not isinstance(aside, _Aside):
+            aside = _Aside(getattr(operation, name))
+            object.__setattr__(operation, name, aside)
+        aside.users += 1
+    seen = aside.seen_off
+    seen.depth = getattr(seen, "depth", 0) + 1
     try:
         yield
     finally:
-        object.__delattr__(operation, "call")
+        seen.depth -= 1
+        with _LOCK:
+            aside.users -= 1
+            if not aside.users and name == "activation":
+                object.__setattr__(operation, name, aside.function)
+            elif not aside.users:
+                object.__delattr__(operation, name)
 
 
 def random_states(model: Any) -> list[Any]:

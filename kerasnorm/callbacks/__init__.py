@@ -5,3 +5,4 @@ from kerasnorm.callbacks.adversarial_evaluation import (
 )
 from kerasnorm.callbacks.property_monitor import PropertyMonitor as PropertyMonitor
 from kerasnorm.callbacks.sphere_monitor import SphereMonitor as SphereMonitor
+from kerasnorm.weights.scaling import NodeRescaling as NodeRescaling

@@ -183,7 +183,8 @@ def rewrite(
     report = Report(
         plan=method,
         fit=fitted,
-        comparison=compared,
+        comparison=None if isinstance(compared, str) else compared,
+        unverified=compared if isinstance(compared, str) else None,
         seconds=time.perf_counter() - started,
         parameters=(model.count_params(), edited.model.count_params())
         if model.built

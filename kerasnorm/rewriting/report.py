@@ -21,6 +21,8 @@ class Report(Result):
         plan: the steps and refusals.
         fit: the `FitResult`, None where nothing was fitted.
         comparison: outputs of old and new model compared, for exact rewrites.
+        unverified: why the outputs of an exact rewrite were not compared; None where
+            they were, or where it is not exact.
         seconds: wall time of the whole rewrite.
         parameters: number of parameters before and after; None if not built.
     """
@@ -28,6 +30,7 @@ class Report(Result):
     plan: Plan
     fit: Any = None
     comparison: Comparison | None = None
+    unverified: str | None = None
     seconds: float = 0.0
     parameters: tuple[int, int] | None = None
 
@@ -59,6 +62,8 @@ class Report(Result):
                 f"largest relative difference of the outputs on random inputs:"
                 f" {self.comparison.relative:.1e}"
             )
+        if self.unverified is not None:
+            lines.append(f"not verified: {self.unverified}")
         if self.fit is not None:
             kept = list(self.rho_squared.values())
             lines.append(
@@ -91,6 +96,7 @@ class Report(Result):
             "plan": asdict(self.plan),
             "fit": None if self.fit is None else asdict(self.fit),
             "comparison": self.comparison and self.comparison.to_dict(),
+            "unverified": self.unverified,
             "seconds": self.seconds,
             "parameters": self.parameters,
             "summary": self.summary(),

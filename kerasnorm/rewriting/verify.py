@@ -9,6 +9,7 @@ import numpy as np
 from kerasnorm.common.errors import KerasNormError
 from rewriters import private
 from rewriters.compare import Comparison, compare, outputs, random_inputs, rounding
+from rewriters.errors import reason
 
 
 # An exact step may differ by float32 rounding through a deep model, no more. Each
@@ -18,7 +19,7 @@ TOLERANCE_FLOAT16 = 1e-2
 ROUNDINGS = 10
 
 
-def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | None:
+def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | str:
     """Compares the outputs of a model and of an exact rewrite on random inputs.
 
     Args:
@@ -28,7 +29,7 @@ def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | None:
         **more: further arguments of the error.
 
     Returns:
-        The comparison; None where no random input suits the model.
+        The comparison; the reason where there is none: no random input suits the model.
 
     Raises:
         KerasNormError: they differ by more than rounding explains.
@@ -36,9 +37,9 @@ def verify(model: Any, new: Any, what: str, **more: str) -> Comparison | None:
     try:
         x = random_inputs(model)
         ours = outputs(model, x)
-    except Exception:
-        # Inputs of a kind of their own (strings, graphs, ragged): nothing to show.
-        return None
+    except Exception as error:
+        # Inputs of a special kind (strings, graphs, ragged).
+        return f"the original cannot be called on random inputs ({reason(error)})"
     result = compare(ours, new, x)
     half = any("16" in x.compute_dtype for x in private.flatten_layers(model))
     limit = TOLERANCE_FLOAT16 if half else TOLERANCE

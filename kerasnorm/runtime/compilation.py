@@ -23,7 +23,7 @@ from rewriters import private
 
 VARIABLE = "KERASNORM_JIT"
 _WORDS = {"auto": "auto", "1": True, "true": True, "0": False, "false": False}
-_chosen: list[bool | str] = []
+_chosen: list[jit] = []
 
 
 class jit:
@@ -50,14 +50,21 @@ class jit:
 
     @taking()
     def __init__(self, mode: bool | Literal["auto"]):
-        self._before = list(_chosen)
-        _chosen[:] = [mode]
+        self.mode = mode
+        # The first `with` goes back to before it was made, if nothing was chosen since.
+        self._before = [list(_chosen)]
+        self._entered = False
+        _chosen[:] = [self]
 
     def __enter__(self) -> jit:
+        if self._entered or _chosen != [self]:
+            self._before.append(list(_chosen))
+        self._entered = True
+        _chosen[:] = [self]
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _chosen[:] = self._before
+        _chosen[:] = self._before.pop()
 
 
 def mode() -> bool | str:
@@ -67,7 +74,7 @@ def mode() -> bool | str:
         KerasNormError: the environment variable holds something else.
     """
     if _chosen:
-        return _chosen[0]
+        return _chosen[0].mode
     word = os.environ.get(VARIABLE, "auto").lower()
     if word not in _WORDS:
         raise KerasNormError(

@@ -14,12 +14,14 @@ from kerasnorm.weights.hypersphere import (
     HypersphereNormalization as HypersphereNormalization,
 )
 from kerasnorm.weights.hypersphere import HypersphereResidual as HypersphereResidual
+from kerasnorm.weights.hypersphere import normalize_weights as normalize_weights
 from kerasnorm.weights.orthogonal import (
     OrthogonalWeightNormalization as OrthogonalWeightNormalization,
 )
 from kerasnorm.weights.scaled_standardization import (
     ScaledWeightStandardization as ScaledWeightStandardization,
 )
+from kerasnorm.weights.scaling import rescale as rescale
 from kerasnorm.weights.spectral import SpectralNormalization as SpectralNormalization
 from kerasnorm.weights.sphere import SphereNormalization as SphereNormalization
 from kerasnorm.weights.standardization import (

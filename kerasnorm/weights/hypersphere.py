@@ -22,6 +22,9 @@ from kerasnorm.numerics import moments
 from rewriters import private
 
 
+__all__ = ["normalize_weights"]
+
+
 @keras.saving.register_keras_serializable("kerasnorm")
 class HypersphereNormalization(Reparametrized):
     r"""Keeps the vectors of a kernel on the unit sphere, with a learned scale each.

@@ -31,6 +31,9 @@ from kerasnorm.weights import fold
 from rewriters.graph import SiteMap
 
 
+__all__ = ["rescale"]
+
+
 # f(c x) = c f(x) for c > 0, channel by channel.
 HOMOGENEOUS = (
     keras.activations.linear,

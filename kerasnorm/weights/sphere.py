@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -150,7 +151,7 @@ _FLOWS: weakref.WeakKeyDictionary[Any, dict[Any, list[Flow]]] = (
 def flow_at(site: Any, options: Options) -> dict[int, Flow]:
     """What is known of the model's kernels, by `id(variable)`, with the normalization
     layers that are planned already in their places; computed once a plan."""
-    key = tuple(options.planned)
+    key = json.dumps(options.planned, sort_keys=True, default=repr)
     kept = _FLOWS.setdefault(site._map, {})
     if key not in kept:
         layers = {

@@ -29,8 +29,11 @@ import pkgutil
 import sys
 import tempfile
 import textwrap
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
+
+from kerasnorm_cli._output import close, escaped, show
 
 
 # Why nothing could be done, or None; result for --json; lines to print.
@@ -45,6 +48,10 @@ EXAMPLES = """
     kerasnorm load model.h5 -o model.keras        a file of today from an old one
     kerasnorm methods                             every normalization known
 """
+
+
+class Unusable(Exception):
+    """Keras does not start."""
 
 
 def commands() -> dict[str, Any]:
@@ -63,59 +70,75 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: code 2, the arguments are wrong; code 0, help was asked for.
     """
     args = parser().parse_args(argv)
-    usage = args.check(args)
-    if usage:
-        args.parser.error(usage)
-    _choose_backend(args.parser)
     try:
+        usage = args.check(args)
+        if usage:
+            args.parser.error(escaped(usage))
+        _choose_backend(args.parser)
         return _run(args)
+    except BrokenPipeError:
+        close()
+        return 1
     except Exception as error:
         if args.debug:
             raise
         return _fail(args, error)
     except KeyboardInterrupt:
-        _say("kerasnorm: interrupted.")
+        _say("interrupted.")
         return 130
 
 
 def _run(args: argparse.Namespace) -> int:
     _import_keras()
     # Whatever a library prints must not end up in what a program reads.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
         reason, result, shown = args.run(args)
     if args.json:
-        print(json.dumps(result, indent=2, default=str))
+        show(json.dumps(result, indent=2, default=str))
     else:
-        print(*shown, sep="\n")
+        show("\n".join(shown))
     if reason is None:
         return 0
-    _say(f"kerasnorm: {reason}.")
+    _say(f"{reason}.")
     return 1
 
 
 def _fail(args: argparse.Namespace, error: Exception) -> int:
-    from rewriters import RewriteError
-
-    known = isinstance(error, RewriteError | OSError)
+    # Not imported: what failed may be the import of Keras.
+    ours = getattr(sys.modules.get("rewriters.errors"), "RewriteError", Unusable)
+    known = isinstance(error, (ours, Unusable, OSError))
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    _say(f"kerasnorm: {text}")
-    if not known:
-        _say("This should not happen; --debug shows where it came from.")
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        text = "the working folder does not exist any more"
+    try:
+        _say(text)
+        if not known:
+            _say("this should not happen; --debug shows where it came from.")
+        return _describe(args, error, text)
+    except BrokenPipeError:
+        close()
+        return 1
+
+
+def _describe(args: argparse.Namespace, error: Exception, text: str) -> int:
     if args.json:
         what = getattr(error, "what", text)
         parts = {k: getattr(error, k, None) for k in ("got", "expected", "fix")}
         described = {"type": type(error).__name__, "what": what, **parts}
-        print(json.dumps({"error": described}, indent=2, default=str))
+        show(json.dumps({"error": described}, indent=2, default=str))
     return 1
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    show(f"kerasnorm: {text}", sys.stderr)
 
 
 def _choose_backend(parser: argparse.ArgumentParser) -> None:
     """JAX where only JAX is there: Keras would ask for TensorFlow."""
-    if "KERAS_BACKEND" in os.environ or importlib.util.find_spec("tensorflow"):
+    found = importlib.util.find_spec("tensorflow")
+    # A folder that an uninstallation left behind has no origin.
+    if "KERAS_BACKEND" in os.environ or (found and found.origin):
         return
     if not importlib.util.find_spec("jax"):
         parser.exit(
@@ -129,11 +152,19 @@ def _choose_backend(parser: argparse.ArgumentParser) -> None:
 def _import_keras() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with _quiet_stderr():
-        import keras
+        try:
+            import keras
 
+            keras.ops.zeros(())  # finds the devices, and talks about it
+        except Exception as error:  # each backend raises its own
+            backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+            first = str(error).strip().partition("\n")[0]
+            raise Unusable(
+                f"Keras cannot start on {backend!r}: {type(error).__name__}: {first}."
+                " Set KERAS_BACKEND to tensorflow, jax or torch, whichever is"
+                " installed."
+            ) from error
         import kerasnorm.rewriting.apply  # noqa: F401
-
-        keras.ops.zeros(())  # the first tensor finds the devices, and talks about it
 
 
 @contextlib.contextmanager

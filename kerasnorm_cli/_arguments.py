@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def check_files(args: argparse.Namespace, **endings: Sequence[str]) -> str | Non
         path: Path | None = getattr(args, name)
         if path is None:
             continue
-        given, folder = f"--{name} {path}", path.resolve().parent
+        given, folder = f"--{name} {path}", Path(os.path.realpath(path)).parent
         if path.suffix not in allowed:
             return f"{given}: the name must end in {' or '.join(allowed)}"
         if not folder.is_dir():

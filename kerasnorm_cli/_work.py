@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,10 @@ def imported(reference: str) -> Any:
         sys.path.insert(0, folder)
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # the module is the user's: it may raise anything
         raise RewriteError(
             "nothing of this name can be imported",
-            got=f"{reference!r} ({error})",
+            got=f"{reference!r} ({type(error).__name__}: {error})",
             fix="Check the spelling, and that the module is installed or lies here",
         ) from error
 
@@ -59,12 +58,22 @@ def read_data(path: Path, model: keras.Model) -> tuple[list[Any], Any]:
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if hasattr(loaded, "files") else {"x": loaded}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        other = [k for k, a in arrays.items() if not isinstance(a, np.ndarray)]
+        if other:
+            raise TypeError(f"no array: {', '.join(other[:3])}")
+    except Exception as error:  # NumPy, zip and zlib each raise their own
         raise RewriteError(
             "the data cannot be read",
             got=f"{path} ({error})",
             expected="an .npy or .npz file of plain arrays",
         ) from error
+    scalars = [name for name, a in arrays.items() if not a.ndim]
+    if scalars:
+        raise RewriteError(
+            "the data holds single numbers",
+            got=f"{path} with {', '.join(scalars)} of shape ()",
+            expected="arrays whose first axis counts the samples",
+        )
     names = [tensor.name for tensor in getattr(model, "inputs", None) or ()]
     numbered = [f"x{i}" for i in range(max(len(names), 1))]
     choices = [names, numbered]

@@ -56,6 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="whose layers to use where both have one (default: %(default)s)",
     )
     add("--force", action="store_true", help="also where the statistics degenerate")
+    add("--strict", action="store_true", help="layers that stay are an error")
     add(
         "--data",
         metavar="X.npz",
@@ -133,6 +134,7 @@ def run(args: argparse.Namespace) -> Outcome:
         plan,
         data=read_data(args.data, model)[0] if args.data else None,
         fit=args.fit,
+        strict=args.strict,
         fit_options={k: v for k, v in options.items() if v is not None},
         return_report=True,
     )

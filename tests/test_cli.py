@@ -45,6 +45,8 @@ def folder(tmp_path_factory):
     model.save(path / "model.keras")
     np.savez(path / "x.npz", x=x, y=np.zeros(64))
     np.save(path / "x.npy", x)
+    np.savez(path / "scalar.npz", x=1.0, y=0)
+    (path / "wrong_syntax.py").write_text("class A(:")
     np.savez(path / "nan.npz", x=x * np.nan)
     np.savez(path / "two.npz", a=x, b=x)
     plain = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
@@ -233,13 +235,13 @@ def test_dry_run_writes_nothing(here, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", ["plain.keras gn", "model.keras bn", "model.keras gn --where zz*"]
+    "words", ["plain.keras gn", "model.keras bn", "model.keras gn --groups 3"]
 )
 def test_nothing_to_do(words, here, capsys):
     assert cli.main(["rewrite", *words.split(), "-o", "new.keras"]) == 1
     assert not (here / "new.keras").exists()
     shown = capsys.readouterr()
-    assert "nothing was written" in shown.err and "nothing to do" in shown.out
+    assert "nothing was written" in shown.err and ("nothing to do" in shown.out)
 
 
 @pytest.mark.parametrize(
@@ -268,9 +270,17 @@ def test_nothing_to_do(words, here, capsys):
         ("rewrite model.keras gn -o o.keras --set groups=4".split(), "Give --groups"),
         ("rewrite model.keras gn -o o.keras --set model=4".split(), "--help` shows"),
         ("attack model.keras --data x.npy".split(), "no classes"),
+        ("attack model.keras --data scalar.npz".split(), "single numbers"),
+        ("inspect model.keras --custom wrong_syntax:A".split(), "SyntaxError"),
+        (["inspect", "loop"], "loop"),
+        (["inspect", "x" * 300], "too long"),
+        (["load", "model.keras", "-o", "x" * 300 + ".keras"], "too long"),
+        ("rewrite model.keras gn -o o.keras --where zz*".split(), "is selected"),
     ],
 )
 def test_errors_are_one_message(words, says, here, capsys):
+    if not (here / "loop").is_symlink():
+        (here / "loop").symlink_to("loop")
     assert cli.main(words) == 1
     shown = capsys.readouterr()
     assert says.lower() in shown.err.lower()
@@ -338,3 +348,55 @@ def test_as_a_program(here):
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["name"] == "tiny"
+
+
+# ------------------------------------------------------------ what reaches the terminal
+
+
+def program(here, words, more=None, **run):
+    start = "import sys, kerasnorm_cli as c; sys.exit(c.main(sys.argv[1:]))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(more or {})}
+    return subprocess.run(
+        [sys.executable, "-c", start, *words], env=env, stderr=-1, **run
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_terminals_without_the_letters(encoding):
+    import io
+
+    from kerasnorm_cli._output import show
+
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    show("a ───│ μ \x1b[2J\rb\u202e", stream)
+    seen = stream.buffer.getvalue().decode(encoding)
+    assert "---|" in seen and "\\x1b[2J\\rb\\u202e" in seen
+    assert "\x1b" not in seen and "\r" not in seen
+
+
+@pytest.mark.ci
+def test_no_traceback_wherever_it_runs(here):
+    """A reader that left, a wrong backend, a folder that is gone, narrow terminals."""
+    gone = here / "gone"
+    gone.mkdir()
+    code = (
+        f"import os, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r});"
+        "import kerasnorm_cli as c; sys.exit(c.main(['load', 'a.h5', '-o', 'b.keras']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], env=env, stderr=-1)
+    assert found.returncode == 1 and b"Traceback" not in found.stderr
+    for words in ["methods", "--json"], ["methods"]:
+        read, write = os.pipe()
+        os.close(read)
+        found = program(here, words, stdout=write)
+        os.close(write)
+        assert found.returncode == 1
+        assert b"Traceback" not in found.stderr and b"Broken" not in found.stderr
+    found = program(here, ["methods", "--json"], {"KERAS_BACKEND": "no"}, stdout=-1)
+    assert found.returncode == 1 and b"cannot start on 'no'" in found.stderr
+    assert b"Traceback" not in found.stderr
+    for encoding in "ascii", "cp1252":
+        more = {"PYTHONIOENCODING": encoding}
+        found = program(here, ["inspect", "model.keras"], more, stdout=-1)
+        assert found.returncode == 0 and b"bn1" in found.stdout

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import keras
 from keras.src import backend as _backend
+from keras.src.api_export import get_symbol_from_name
 from keras.src.backend import compute_output_spec as compute_output_spec
 from keras.src.backend.common import dtypes as _dtypes
 from keras.src.backend.common import global_state as _global_state
@@ -25,7 +26,10 @@ from keras.src.models.functional import Functional as Functional
 from keras.src.models.functional import (
     functional_like_constructor as functional_like_constructor,
 )
+from keras.src.quantizers.quantization_config import QuantizationConfig
 from keras.src.saving import saving_lib as _saving_lib
+from keras.src.saving.keras_saveable import KerasSaveable
+from keras.src.saving.serialization_lib import SafeModeScope
 from keras.src.utils.dtype_utils import dtype_size as dtype_size
 from keras.src.utils.io_utils import print_msg as print_msg
 from keras.src.utils.naming import to_snake_case as to_snake_case
@@ -322,6 +326,34 @@ def set_symbolic_build(model: Any, build: Callable) -> None:
 
 
 # Classes.
+
+
+def public_symbol(name: str) -> Any:
+    """What Keras exports under a name such as `"keras.layers.Dense"`, or None."""
+    return get_symbol_from_name(name)
+
+
+def building_blocks() -> tuple[type, ...]:
+    """Classes of Keras that it saves and that have no public base."""
+    return (
+        KerasSaveable,
+        QuantizationConfig,
+        keras.dtype_policies.DTypePolicyMap,
+        keras.quantizers.Quantizer,
+        keras.random.SeedGenerator,
+    )
+
+
+def named_functions() -> list[Callable]:
+    """Functions that a config may name alone: activations, losses, metrics."""
+    modules = (keras.src.activations, keras.src.losses, keras.src.metrics)
+    found = [f for m in modules for f in m.ALL_OBJECTS]
+    return [f for f in found if not isinstance(f, type)]
+
+
+def safe_mode_scope(safe_mode: bool) -> Any:
+    """The context in which Keras's layers refuse what is unsafe in a file."""
+    return SafeModeScope(safe_mode)
 
 
 def operation_module(name: str) -> Any:

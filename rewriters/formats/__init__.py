@@ -29,11 +29,13 @@ from rewriters.formats import (
     keras3,
     savedmodel,
     training,
+    trust,
     vocabulary,
     weights,
 )
 from rewriters.formats.build import (
     build,
+    check_size,
     deferred,
     discard,
     initialize,
@@ -44,6 +46,7 @@ from rewriters.formats.foreign import Conversion as Conversion
 from rewriters.formats.foreign import alias as alias
 from rewriters.formats.modernize import modernize
 from rewriters.formats.saved import Saved
+from rewriters.formats.spec import Spec, without_states
 from rewriters.transfer import finalize
 
 
@@ -86,13 +89,16 @@ def load(
     lambdas = dict(lambdas or {})
     try:
         with _opened(path) as source, contextlib.closing(read(source)) as saved:
+            trust.check_extent(saved.config)
             if saved.generation == 3 and saved.tree is not None:
                 return keras3.load(
                     source, saved, custom_objects, lambdas, safe_mode, compile
                 )
+            trust.check(saved.config, custom_objects, safe_mode)
             spec = modernize(saved, custom_objects, lambdas, safe_mode)
             adapted.complete(spec, saved)
-            model = _assemble(spec, saved, custom_objects)
+            with private.safe_mode_scope(safe_mode):
+                model = _assemble(spec, saved, custom_objects)
             if compile:
                 training.restore(model, saved, custom_objects)
             return model
@@ -170,7 +176,8 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
             if not makes_variables_of_values(e):
                 raise
             # Stateful recurrent layers, and custom ones that make variables of
-            # values, are built at once.
+            # values, are built at once, when their sizes are known.
+            _check_stateful(spec, saved)
             model = build(spec)
             set_trainable(model, spec)
             for variable, array in weights.match(model, spec, saved):
@@ -181,6 +188,18 @@ def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model
         finalize(layer)
     vocabulary.restore(model, spec, saved)
     return model
+
+
+def _check_stateful(spec: Spec, saved: Saved) -> None:
+    plain = without_states(spec)
+    try:
+        with deferred():
+            check_size(build(plain), saved.stored_bytes(), stateful=True)
+    except Exception as e:
+        if not makes_variables_of_values(e):
+            raise  # and a class of the caller's is built as it is
+    finally:
+        discard()
 
 
 def _head(file: pathlib.Path) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,14 @@ from rewriters.formats.modernize import problems
 from rewriters.formats.spec import Call, Ref, Spec, map_refs, refs
 from rewriters.formats.tensorflow_ops import Unsupported
 from rewriters.pinned import PinnedTraining, depends_on_training
+
+
+# What a model may have beyond the arrays of its file: counters, seeds.
+_SLACK = 1 << 20
+# Numbers in the states of stateful recurrent layers.
+_STATES = 1 << 26
+# Elements of a constant that a graph may make of constants.
+_CONSTANT = 1 << 24
 
 
 @contextlib.contextmanager
@@ -41,8 +50,64 @@ def deferred() -> Iterator[None]:
 
 
 def makes_variables_of_values(error: Exception) -> bool:
-    """Whether a layer, such as a stateful recurrent one, could not be `deferred`."""
-    return "in a stateless scope" in str(error) or isinstance(error, CannotCallError)
+    """Whether a layer, such as a stateful recurrent one, could not be `deferred`: told
+    by where the error was raised, since its text may quote the file."""
+    if isinstance(error, CannotCallError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    made = trace is not None and isinstance(
+        trace.tb_frame.f_locals.get("self"), keras.Variable
+    )
+    return made and "in a stateless scope" in str(error)
+
+
+def check_size(model: Any, stored: int, stateful: bool = False) -> None:
+    """Raises if a model whose variables are `deferred` is larger than its file.
+
+    Args:
+        model: the model.
+        stored: bytes of all arrays of the file.
+        stateful: whether its recurrent layers keep states, which no file holds.
+    """
+    declared = sum(_bytes(v) for v in model.weights)
+    if declared > stored + _SLACK:
+        raise RewriteError(
+            "Weights are missing",
+            got=f"a model of {declared} bytes with {stored} bytes of weights",
+            expected="one array of the right shape for every weight of the model",
+            fix="The file is damaged: fetch or save it again",
+        )
+    states = sum(_states(x) for x in private.flatten_layers(model)) if stateful else 0
+    if states > _STATES:
+        raise RewriteError(
+            "The states of the recurrent layers are out of all proportion",
+            got=f"{states:.0f} numbers",
+            expected=f"at most {_STATES}",
+            fix="The file is damaged: fetch or save it again",
+        )
+
+
+def _states(layer: Any) -> float:
+    """An upper bound of the numbers in a recurrent layer's states."""
+    if not hasattr(layer, "cell"):
+        return 0
+    nodes = private.inbound_nodes(layer, ())
+    shapes = [t.shape for node in nodes for t in node.input_tensors]
+    given = (private.build_shapes_dict(layer, None) or {}).values()
+    shapes += [s for s in given if isinstance(s, tuple)]
+    units = sum(int(n) for n in keras.tree.flatten(layer.cell.state_size))
+    largest = 1.0
+    for shape in shapes:
+        sizes = [float(n or 1) for n in (shape[0], *shape[2:-1])]
+        largest = max(largest, math.prod(sizes))
+    return units * largest
+
+
+def _bytes(variable: Any) -> int:
+    bits = private.dtype_size(keras.backend.standardize_dtype(variable.dtype))
+    return (bits // 8 or 1) * math.prod(int(n) for n in variable.shape)
 
 
 def discard() -> None:

@@ -12,20 +12,17 @@ from typing import IO, Any
 import h5py
 import keras
 
-from rewriters import private
 from rewriters.errors import RewriteError, reason
-from rewriters.formats import archive, hdf5
-from rewriters.formats.build import deferred, discard, makes_variables_of_values
+from rewriters.formats import archive, hdf5, trust
+from rewriters.formats.build import (
+    check_size,
+    deferred,
+    discard,
+    makes_variables_of_values,
+)
 from rewriters.formats.earlier import by_keras, entries, translate
 from rewriters.formats.modernize import check_names, problems
 from rewriters.formats.saved import Saved
-
-
-# Entries that Keras resolves by itself, without a class behind them.
-_PLAIN = frozenset(
-    "__tensor__ __numpy__ __bytes__ __ellipsis__ __slice__ __typespec__ "
-    "__keras_tensor__ __tuple__ TensorShape".split()
-)
 
 
 def load(
@@ -44,6 +41,7 @@ def load(
     """
     given = dict(custom_objects)
     _check_config(saved.config, given, lambdas, safe_mode)
+    trust.check(_untrained(saved.config), given, safe_mode)
     changed = translate(saved.config, saved.version) or bool(lambdas)
     _check_size(saved, given, safe_mode)
     saved.close()  # its weights are in memory, as Keras's reading them is next
@@ -51,6 +49,7 @@ def load(
     with archive.for_keras(source, saved.config if changed else None) as stream:
         if compile and saved.training:
             try:
+                trust.check_training(_compiled(saved.config), given)
                 return private.load_archive(stream, compile=True, **arguments)
             except Exception as e:
                 stream.seek(0)
@@ -99,7 +98,7 @@ def _check_config(
             elif safe_mode and "__lambda__" in json.dumps(inner["function"]):
                 refused.append(name)
             continue
-        if kind in _PLAIN or kind == "__lambda__":
+        if kind in trust.PLAIN or kind == "__lambda__":
             continue
         if kind == "function":
             names = [inner, entry.get("registered_name")]
@@ -140,8 +139,12 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
             stored += item.id.get_storage_size()
 
     saved.tree.visititems(count)
-    # Keras takes a config apart as it reads it.
-    config = copy.deepcopy({**saved.config, "compile_config": None})
+    config = _untrained(saved.config)
+    stateful = False
+    for entry in entries(config):  # a state is made at once, and sized below
+        inner = entry["config"]
+        if isinstance(inner, dict) and inner.get("stateful"):
+            inner["stateful"], stateful = False, True
     try:
         with deferred():
             model = keras.saving.deserialize_keras_object(
@@ -149,25 +152,22 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
             )
             if not isinstance(model, keras.Model):
                 raise RewriteError("The archive holds no model", got=type(model))
-            declared = sum(_bytes(v) for v in model.weights)
+            check_size(model, stored, stateful)
     except Exception as e:
         if not makes_variables_of_values(e):
             raise
-        return  # Keras will check
+        return  # a class of the caller's: Keras will check
     finally:
         discard()
-    if declared > stored + (1 << 20):
-        raise RewriteError(
-            "Weights are missing",
-            got=f"a model of {declared} bytes with {stored} bytes of weights",
-            expected="one array of the right shape for every weight of the model",
-            fix="The file is damaged: fetch or save it again",
-        )
 
 
-def _bytes(variable: Any) -> int:
-    bits = private.dtype_size(keras.backend.standardize_dtype(variable.dtype))
-    size = bits // 8 or 1
-    for n in variable.shape:
-        size *= int(n)
-    return size
+def _untrained(config: Any) -> Any:
+    """A copy of a config without what its models were compiled with."""
+    config = copy.deepcopy(config)  # Keras takes a config apart as it reads it
+    for entry in entries(config):
+        entry.pop("compile_config", None)
+    return config
+
+
+def _compiled(config: Any) -> list[Any]:
+    return [entry.get("compile_config") for entry in entries(config)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,18 @@ class Saved:
     assets: dict[str, str] = dataclasses.field(default_factory=dict)
     backend: str = "tensorflow"
     close: Callable[[], None] = lambda: None
+
+    def stored_bytes(self) -> int:
+        """Bytes of the weights that the file holds, were they all of 8 bytes a number.
+        Its readers have compared the shapes with what is there."""
+        arrays = [a for group in self.layers.values() for a in group]
+        total = sum(8 * math.prod(a.shape) for a in arrays)
+        found: list[int] = []
+        if self.tree is not None:
+            self.tree.visititems(
+                lambda _, x: found.append(8 * x.size) if hasattr(x, "size") else None
+            )
+        return total + sum(found)
 
     @property
     def generation(self) -> int:

@@ -61,6 +61,21 @@ class Spec:
     keras_2: bool = False
 
 
+def without_states(spec: Spec) -> Spec:
+    """A copy in which no layer keeps a state between batches."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Spec):
+            return without_states(value)
+        return [plain(v) for v in value] if isinstance(value, list) else value
+
+    config = {k: plain(v) for k, v in spec.config.items()}
+    if "stateful" in config:
+        config["stateful"] = False
+    layers = None if spec.layers is None else [without_states(s) for s in spec.layers]
+    return dataclasses.replace(spec, config=config, layers=layers)
+
+
 def map_refs(function: Callable[[Ref], Any], value: Any) -> Any:
     """Returns `value` with `function` applied to each `Ref` in it."""
     if isinstance(value, Ref):

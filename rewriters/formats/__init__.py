@@ -46,7 +46,7 @@ from rewriters.formats.foreign import Conversion as Conversion
 from rewriters.formats.foreign import alias as alias
 from rewriters.formats.modernize import modernize
 from rewriters.formats.saved import Saved
-from rewriters.formats.spec import Spec, without_states
+from rewriters.formats.spec import Spec, has_own_classes, without_states
 from rewriters.transfer import finalize
 
 
@@ -196,8 +196,10 @@ def _check_stateful(spec: Spec, saved: Saved) -> None:
         with deferred():
             check_size(build(plain), saved.stored_bytes(), stateful=True)
     except Exception as e:
-        if not makes_variables_of_values(e):
-            raise  # and a class of the caller's is built as it is
+        # A class of the caller's is built as it is; of stock layers nothing is left
+        # that makes variables of values.
+        if not makes_variables_of_values(e) or not has_own_classes(plain):
+            raise
     finally:
         discard()
 

@@ -50,17 +50,10 @@ def deferred() -> Iterator[None]:
 
 
 def makes_variables_of_values(error: Exception) -> bool:
-    """Whether a layer, such as a stateful recurrent one, could not be `deferred`: told
-    by where the error was raised, since its text may quote the file."""
-    if isinstance(error, CannotCallError):
-        return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    made = trace is not None and isinstance(
-        trace.tb_frame.f_locals.get("self"), keras.Variable
-    )
-    return made and "in a stateless scope" in str(error)
+    """Whether a layer, such as a stateful recurrent one, could not be `deferred`. The
+    text of an error may quote the file, so that this alone is no reason to build."""
+    refused = str(error).startswith("You are attempting to create a variable while in")
+    return isinstance(error, CannotCallError) or refused
 
 
 def check_size(model: Any, stored: int, stateful: bool = False) -> None:
@@ -196,7 +189,15 @@ def _call(model: Any, spec: Spec) -> None:
     def blank(shape: Any, dtype: Any) -> Any:
         if without:
             return keras.KerasTensor((None, *shape[1:]), dtype)
-        return keras.ops.zeros([1, *(size or 8 for size in shape[1:])], dtype)
+        sizes = [int(size or 8) for size in shape[1:]]
+        if math.prod(sizes) > _CONSTANT:
+            raise CannotCallError(
+                f"The class {spec.kind!r} cannot be called",
+                got=f"inputs of {shape}",
+                expected=f"at most {_CONSTANT} numbers in one",
+                fix="The file is damaged: fetch or save it again",
+            )
+        return keras.ops.zeros([1, *sizes], dtype)
 
     wrong: Exception | None = None
     for dtype in (None, "int32"):
@@ -252,12 +253,17 @@ def _functional(spec: Spec) -> Any:
         waiting = []
         for s, i, call in todo:
             needed = refs(call.args) + refs(list(call.kwargs.values()))
+            if not needed and s.kind != "InputLayer":  # it would run here and now
+                unsupported[s.name] = Unsupported("called on no tensor of the model")
+                continue
             if all((r.layer, r.node) in outputs for r in needed):
                 args = map_refs(tensor, call.args)
                 kwargs = map_refs(tensor, call.kwargs)
                 try:
                     if s.operation:
                         result = _operate(s, i, args, kwargs)
+                    elif not _symbolic(args, kwargs):
+                        raise Unsupported("a layer called on constants alone")
                     else:
                         layer = layers[s.name]
                         if spec.keras_2:
@@ -311,8 +317,29 @@ def _pins(spec: Spec, layers: dict[str, Any]) -> bool:
     )
 
 
+def _symbolic(args: Any, kwargs: Any) -> bool:
+    leaves = keras.tree.flatten((args, kwargs))
+    return any(isinstance(x, keras.KerasTensor) for x in leaves)
+
+
+def _check_constant(spec: Spec, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Raises if an operation on constants, which runs at once, makes a huge one. Its
+    shape is found without running it."""
+    try:
+        made = private.compute_output_spec(spec.cls, *args, **kwargs)
+    except Unsupported:
+        raise
+    except Exception as e:
+        raise Unsupported(f"it cannot be sized: {reason(e)}") from e
+    shapes = [x.shape for x in keras.tree.flatten(made) if hasattr(x, "shape")]
+    if any(math.prod(float(n or 1) for n in shape) > _CONSTANT for shape in shapes):
+        raise Unsupported(f"a constant of more than {_CONSTANT} numbers")
+
+
 def _operate(spec: Spec, index: int, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """Calls an operation; the nodes it makes are named after the stored layer."""
+    if not _symbolic(args, kwargs):
+        _check_constant(spec, args, kwargs)
     result = spec.cls(*args, **kwargs)
     name = spec.name if index == 0 else f"{spec.name}_call_{index}"
     name = name.replace("/", ".")

@@ -61,6 +61,16 @@ class Spec:
     keras_2: bool = False
 
 
+def has_own_classes(spec: Spec) -> bool:
+    """Whether a class anywhere in the model is not Keras's."""
+    module = str(getattr(spec.cls, "__module__", ""))
+    inner = [*(spec.layers or ()), *spec.config.values()]
+    inner += [v for x in spec.config.values() if isinstance(x, list) for v in x]
+    return not module.startswith(("keras.", "functools", "rewriters.")) or any(
+        has_own_classes(x) for x in inner if isinstance(x, Spec)
+    )
+
+
 def without_states(spec: Spec) -> Spec:
     """A copy in which no layer keeps a state between batches."""
 

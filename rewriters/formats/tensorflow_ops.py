@@ -30,6 +30,10 @@ LAYERS = (
 )
 
 
+# Outputs of one operation.
+_OUTPUTS = 1 << 12
+
+
 class Unsupported(Exception):
     """A call that has no form here; says which operation and why."""
 
@@ -253,6 +257,7 @@ def _concat(values: Any, axis: Any) -> Any:
 
 def _split(value: Any, num_or_size_splits: Any, axis: Any = 0, num: Any = None) -> Any:
     sizes = _static(num_or_size_splits)
+    _check_count(sizes)
     if isinstance(sizes, list):
         if -1 in sizes:
             rest = value.shape[axis] - sum(s for s in sizes if s != -1)
@@ -500,7 +505,14 @@ def _stack(values: Any, axis: int = 0) -> Any:
 
 
 def _unstack(value: Any, num: Any = None, axis: int = 0) -> Any:
+    _check_count(num)
     return ops.unstack(value, num=num, axis=axis)
+
+
+def _check_count(number: Any) -> None:
+    """An operation makes as many tensors as it says, each an object."""
+    if isinstance(number, int | float) and number > _OUTPUTS:
+        raise Unsupported(f"{number} outputs, more than {_OUTPUTS}")
 
 
 def _reverse(tensor: Any, axis: Any) -> Any:

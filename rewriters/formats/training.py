@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from rewriters import private
+from rewriters.formats import trust
 from rewriters.formats.pairing import pair
 from rewriters.formats.saved import Array, Saved
 from rewriters.formats.spec import safe_name
@@ -47,8 +48,12 @@ def restore(model: Any, saved: Saved, custom_objects: dict[str, Any]) -> None:
     if saved.training is None or not _optimizer_entry(saved.training):
         return
     lost = []
-    with keras.saving.custom_object_scope(custom_objects):
+    with (
+        private.safe_mode_scope(True),
+        keras.saving.custom_object_scope(custom_objects),
+    ):
         try:
+            trust.check_training(saved.training, custom_objects)
             optimizer = _optimizer(_optimizer_entry(saved.training))
         except Exception:  # whatever a stored config breaks, the model stands
             warnings.warn(
@@ -104,7 +109,7 @@ def _optimizer(entry: Any) -> keras.optimizers.Optimizer:
     config = dict(entry.get("config") or {})
     if name == "LossScaleOptimizer":  # Keras 3 wraps by the policy when it compiles
         return _optimizer(config.get("inner_optimizer") or config["optimizer"])
-    cls = getattr(keras.optimizers, name)
+    cls = _class(keras.optimizers, name, keras.optimizers.Optimizer)
     config = {_OPTIMIZER_WORDS.get(k, k): v for k, v in config.items()}
     rate, decay = config.get("learning_rate"), config.pop("decay", None)
     if isinstance(rate, dict) and "class_name" in rate:
@@ -139,8 +144,17 @@ def _named(stored: Any) -> Any:
         return _named(config.get("fn"))
     if config.get("reduction") == "auto":
         config["reduction"] = "sum_over_batch_size"
-    module = keras.losses if hasattr(keras.losses, name) else keras.metrics
-    return getattr(module, name)(**config)
+    if isinstance(getattr(keras.losses, name, None), type):
+        return _class(keras.losses, name, keras.losses.Loss)(**config)
+    return _class(keras.metrics, name, keras.metrics.Metric)(**config)
+
+
+def _class(module: Any, name: str, base: type) -> Any:
+    """A class of Keras by its name in a file, which may be any other name of it."""
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name!r} is not one of {module.__name__}")
+    return found
 
 
 def _check(key: str, value: Any) -> None:

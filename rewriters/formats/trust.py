@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -142,7 +143,7 @@ def _named(module: str, name: str) -> Any:
                 return found
         return None
     if module.partition(".")[0] != "keras":
-        return getattr(sys.modules.get(module), name, None) if module else None
+        return None
     found = private.public_symbol(f"{module}.{name}")
     if found is None:
         found = getattr(sys.modules.get(module), name, None)
@@ -283,7 +284,7 @@ def _check_graph(entry: Mapping[str, Any]) -> None:
         nodes = layer.get("inbound_nodes")
         for index, node in enumerate(nodes if isinstance(nodes, list) else ()):
             needed = _inputs(node)
-            if not needed and node not in ([], {}):
+            if not needed and isinstance(node, dict) and node:
                 raise RewriteError(
                     f"The layer {name!r} is called on no tensor of the model",
                     got=str(node)[:80],

@@ -34,6 +34,7 @@ from rewriters.formats import (
     weights,
 )
 from rewriters.formats.build import (
+    CannotCallError,
     build,
     check_size,
     deferred,
@@ -46,7 +47,7 @@ from rewriters.formats.foreign import Conversion as Conversion
 from rewriters.formats.foreign import alias as alias
 from rewriters.formats.modernize import modernize
 from rewriters.formats.saved import Saved
-from rewriters.formats.spec import Spec, has_own_classes, without_states
+from rewriters.formats.spec import Spec, has_own_classes, has_states, without_states
 from rewriters.transfer import finalize
 
 
@@ -110,7 +111,8 @@ def load(
             f"Cannot load {path!r}",
             got=f"{type(e).__name__}: {reason(e)}",
             expected="a file that model.save wrote, whole",
-            fix="If the file is sound, pass its classes in custom_objects",
+            fix="Fetch or save it again. If it is sound, load it with the Keras that "
+            "wrote it, and save it from there",
         ) from e
 
 
@@ -167,6 +169,8 @@ def _opened(path: str) -> Iterator[str | io.BytesIO]:
 def _assemble(spec, saved: Saved, custom_objects: dict[str, Any]) -> keras.Model:
     with keras.saving.custom_object_scope(custom_objects):
         try:
+            if has_states(spec):  # these are made, of values, with the layer
+                raise CannotCallError("The model keeps states between batches")
             with deferred():
                 model = build(spec)
                 set_trainable(model, spec)

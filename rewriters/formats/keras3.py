@@ -110,7 +110,7 @@ def _check_config(
         known = any(n in custom_objects for n in names) or any(
             keras.saving.get_registered_object(n) for n in names if n
         )
-        if known or by_keras(entry):
+        if known or (by_keras(entry) and not trust.is_unknown_function(entry)):
             continue
         missing[label] = kind if kind != "function" else str(inner)
     check_names(lambdas, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 
@@ -61,14 +61,28 @@ class Spec:
     keras_2: bool = False
 
 
+def within(spec: Spec) -> Iterator[Spec]:
+    """The spec, and all that it holds."""
+    todo: list[Any] = [spec]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Spec):
+            yield value
+            todo += [*(value.layers or ()), *value.config.values()]
+        elif isinstance(value, list):
+            todo += value
+
+
 def has_own_classes(spec: Spec) -> bool:
     """Whether a class anywhere in the model is not Keras's."""
-    module = str(getattr(spec.cls, "__module__", ""))
-    inner = [*(spec.layers or ()), *spec.config.values()]
-    inner += [v for x in spec.config.values() if isinstance(x, list) for v in x]
-    return not module.startswith(("keras.", "functools", "rewriters.")) or any(
-        has_own_classes(x) for x in inner if isinstance(x, Spec)
-    )
+    known = ("keras.", "functools", "rewriters.")
+    modules = (str(getattr(s.cls, "__module__", "")) for s in within(spec))
+    return not all(module.startswith(known) for module in modules)
+
+
+def has_states(spec: Spec) -> bool:
+    """Whether a recurrent layer keeps its state between batches."""
+    return any(s.config.get("stateful") for s in within(spec))
 
 
 def without_states(spec: Spec) -> Spec:

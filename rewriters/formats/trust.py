@@ -95,17 +95,33 @@ def check_training(config: Any, custom_objects: Mapping[str, Any]) -> None:
         _check_values(entry)
         found = _named(str(entry.get("module") or "keras.metrics"), entry["class_name"])
         if isinstance(found, type) and issubclass(found, keras.metrics.Metric):
-            with deferred():
-                metric = found.from_config(dict(entry["config"] or {}))
-                size += sum(elements(v.shape) for v in metric.variables)
-            discard()
+            size += _numbers(found, entry["config"])
     if size > _STATE:
         raise _damaged(f"metrics that hold {size:.0f} numbers", _STATE)
+
+
+def _numbers(metric: type, config: Any) -> float:
+    """How many numbers a metric would hold; 0 for one that cannot be made anyway."""
+    try:
+        with deferred():
+            made = metric.from_config(dict(config or {}))
+            return sum(elements(v.shape) for v in made.variables)
+    except Exception:  # it is told of when the model is compiled
+        return 0.0
+    finally:
+        discard()
 
 
 def is_known(entry: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> bool:
     """Whether the caller, or code that was imported, gave what an entry names."""
     return _given(entry, custom_objects) is not None
+
+
+def is_unknown_function(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is of a function that Keras does not have."""
+    if entry["class_name"] != "function":
+        return False
+    return _named(str(entry.get("module") or ""), str(entry["config"])) is None
 
 
 def _check_entry(entry: Mapping[str, Any], given: Mapping[str, Any]) -> None:

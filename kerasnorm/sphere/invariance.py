@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from kerasnorm.common.data import collect
 from kerasnorm.common.errors import KerasNormError, taking
 from kerasnorm.common.results import render
 from kerasnorm.flow.analysis import Flow, flows
@@ -103,7 +104,8 @@ def scale_invariant_weights(model: Any, verify: Any = None) -> Weights:
         is False where no proof was found either way.
 
     Raises:
-        KerasNormError: the outputs change: a layer does not do what it declares.
+        KerasNormError: `verify` does not fit the model; the outputs change: a layer
+            does not do what it declares.
 
     Example:
 
@@ -116,6 +118,8 @@ def scale_invariant_weights(model: Any, verify: Any = None) -> Weights:
     found = flows(model)
     if verify is None:
         return Weights(found)
+    given = collect(model, verify)
+    verify = given.pack(given.arrays)
     result = Weights(found, 0.0)
     if result.invariant:
         result.difference, limit = measure(model, result.invariant, verify)

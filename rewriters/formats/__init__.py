@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import pathlib
+import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -88,6 +89,7 @@ def load(
     path = os.fspath(path)
     custom_objects = dict(custom_objects or {})
     lambdas = dict(lambdas or {})
+    drawn = random.getstate()
     try:
         with _opened(path) as source, contextlib.closing(read(source)) as saved:
             trust.check_extent(saved.config)
@@ -103,17 +105,22 @@ def load(
             if compile:
                 training.restore(model, saved, custom_objects)
             return model
-    except RewriteError as e:
-        what = f"Cannot load {path!r}: {e.what}"
-        raise RewriteError(what, got=e.got, expected=e.expected, fix=e.fix) from e
     except Exception as e:
-        raise RewriteError(
-            f"Cannot load {path!r}",
-            got=f"{type(e).__name__}: {reason(e)}",
-            expected="a file that model.save wrote, whole",
-            fix="Fetch or save it again. If it is sound, load it with the Keras that "
-            "wrote it, and save it from there",
-        ) from e
+        random.setstate(drawn)  # layers made on the way drew seeds
+        raise _refused(path, e) from e
+
+
+def _refused(path: str, e: Exception) -> RewriteError:
+    if isinstance(e, RewriteError):
+        what = f"Cannot load {path!r}: {e.what}"
+        return RewriteError(what, got=e.got, expected=e.expected, fix=e.fix)
+    return RewriteError(
+        f"Cannot load {path!r}",
+        got=f"{type(e).__name__}: {reason(e)}",
+        expected="a file that model.save wrote, whole",
+        fix="Fetch or save it again. If it is sound, load it with the Keras that "
+        "wrote it, and save it from there",
+    )
 
 
 def read(source: str | io.BytesIO) -> Saved:

@@ -32,11 +32,15 @@ class RewriteError(ValueError):
         self.what, self.got, self.expected, self.fix = what, got, expected, fix
         head = what if got is None else f"{what}: got {readable(str(got))}"
         parts = [head, expected and f"Expected {expected}", fix]
-        super().__init__(" ".join(f"{p.rstrip('.')}." for p in parts if p))
+        super().__init__(" ".join(_sentence(p) for p in parts if p))
 
     def __reduce__(self):
         # Exceptions pickle by their positional arguments alone; ours are keywords.
         return _rebuild, (type(self), self.what, self.got, self.expected, self.fix)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(("?", "...")) else f"{text.rstrip('.')}."
 
 
 # Longer parts of a message are cut in the middle: they may quote a whole file.

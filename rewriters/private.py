@@ -26,6 +26,7 @@ from keras.src.models.functional import Functional as Functional
 from keras.src.models.functional import (
     functional_like_constructor as functional_like_constructor,
 )
+from keras.src.optimizers import LegacyOptimizerWarning
 from keras.src.quantizers.quantization_config import QuantizationConfig
 from keras.src.saving import saving_lib as _saving_lib
 from keras.src.saving.keras_saveable import KerasSaveable
@@ -337,6 +338,7 @@ def building_blocks() -> tuple[type, ...]:
     """Classes of Keras that it saves and that have no public base."""
     return (
         KerasSaveable,
+        LegacyOptimizerWarning,  # the names of Keras 2's, which raises when made
         QuantizationConfig,
         keras.dtype_policies.DTypePolicyMap,
         keras.quantizers.Quantizer,

@@ -135,6 +135,8 @@ class Process:
             problems.append(f"took {found['seconds']:.1f} s")
         if found["grown"] > self.grown:
             problems.append(f"took {found['grown'] / 1e9:.2f} GB")
+        if any(p.startswith(("changed", "the next")) for p in problems):
+            self.close()  # not to pin it on the files after this one
         return Answer(problems=tuple(problems), **found)
 
     def close(self):
@@ -484,7 +486,8 @@ class Loader:
             problems.append(f"left temporary files: {left[:3]}")
             clear(self.temporary)
         after = settings()
-        if kind == "sound":  # seeds of its layers are drawn, as when they are made
+        # Seeds of its layers are drawn, as when they are made.
+        if kind == "sound" or self.name == "keras":
             before.pop("Python's random numbers")
         for key, value in before.items():
             if after.get(key) != value:

@@ -12,9 +12,9 @@ from hostile_folders import case, copied, packed, unpacked
 # HDF5: both alone and inside an archive.
 
 
-def _h5(*where):
+def _h5(group="hdf5", name=None):
     def add(change):
-        for kind in where or ("k3.h5", "k2.h5", "k3.keras"):
+        for kind in ("k3.h5", "k2.h5", "k3.keras"):
 
             def damage(folder, sound, secrets, kind=kind):
                 path = copied(sound / kind, folder / f"model{kind[2:]}")
@@ -29,8 +29,8 @@ def _h5(*where):
                 members["model.weights.h5"] = stream.getvalue()
                 return packed(path, members, zipfile.ZIP_DEFLATED)
 
-            damage.__name__ = f"{kind}_{change.__name__}"
-            case("hdf5")(damage)
+            damage.__name__ = f"{name or change.__name__}, {kind}"
+            case(group)(damage)
         return change
 
     return add

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import warnings
@@ -41,8 +40,10 @@ def load(
     compared with what the archive holds.
     """
     given = dict(custom_objects)
-    _check_config(saved.config, given, lambdas, safe_mode)
-    trust.check(_untrained(saved.config), given, safe_mode)
+    error = _missing(saved.config, given, lambdas, safe_mode)
+    trust.check(saved.config, given, safe_mode)
+    if error:  # what no file may name comes before what the caller could give
+        raise error
     changed = translate(saved.config, saved.version) or bool(lambdas)
     _check_size(saved, given, safe_mode)
     saved.close()  # its weights are in memory, as Keras's reading them is next
@@ -78,13 +79,14 @@ def _without_training(stream: IO[bytes], arguments: dict[str, Any]) -> keras.Mod
         ) from e
 
 
-def _check_config(
+def _missing(
     config: dict[str, Any],
     custom_objects: dict[str, Any],
     lambdas: dict[str, Callable[..., Any]],
     safe_mode: bool,
-) -> None:
-    """Puts given functions in place of Lambdas, and raises for what is missing."""
+) -> RewriteError | None:
+    """Puts given functions in place of Lambdas; returns the error that says what is
+    missing."""
     missing: dict[str, str] = {}
     refused: list[str] = []
     found: list[str] = []
@@ -114,9 +116,7 @@ def _check_config(
             continue
         missing[label] = kind if kind != "function" else str(inner)
     check_names(lambdas, found)
-    error = problems(missing=missing, refused=refused)
-    if error:
-        raise error
+    return problems(missing=missing, refused=refused)
 
 
 def _reference(name: str) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
             stored += item.id.get_storage_size()
 
     saved.tree.visititems(count)
-    config = _untrained(saved.config)
+    config = trust.untrained(saved.config)
     stateful = False
     for entry in entries(config):  # a state is made at once, and sized below
         inner = entry["config"]
@@ -161,14 +161,6 @@ def _check_size(saved: Saved, custom_objects: dict[str, Any], safe_mode: bool) -
         return  # a class of the caller's: Keras will check
     finally:
         discard()
-
-
-def _untrained(config: Any) -> Any:
-    """A copy of a config without what its models were compiled with."""
-    config = copy.deepcopy(config)  # Keras takes a config apart as it reads it
-    for entry in entries(config):
-        entry.pop("compile_config", None)
-    return config
 
 
 def _compiled(config: Any) -> list[Any]:

@@ -10,6 +10,8 @@ call or reads another file is refused.
 
 from __future__ import annotations
 
+import builtins
+import copy
 import functools
 import inspect
 import sys
@@ -75,7 +77,7 @@ def check(
             sizes hold all the same.
     """
     code: set[int] = set()  # of Lambdas, which the caller replaces or names
-    for entry in entries(config):
+    for entry in entries(untrained(config)):
         if entry["class_name"] == "Lambda" and isinstance(entry["config"], dict):
             code.add(id(entry["config"].get("function")))
         if safe_mode and not (
@@ -84,6 +86,14 @@ def check(
             _check_entry(entry, custom_objects)
         _check_values(entry)
         _check_graph(entry)
+
+
+def untrained(config: Any) -> Any:
+    """A copy of a config without what its models were compiled with."""
+    config = copy.deepcopy(config)  # Keras takes a config apart as it reads it
+    for entry in entries(config):
+        entry.pop("compile_config", None)
+    return config
 
 
 def check_training(config: Any, custom_objects: Mapping[str, Any]) -> None:
@@ -131,15 +141,21 @@ def _check_entry(entry: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     if kind in ("__lambda__", "__typespec__"):
         raise _refused(f"an entry {kind!r}")
     name = entry["config"] if kind == "function" else kind
-    found = _named(str(entry.get("module") or ""), str(name))
-    if found is not None and not _is_building_block(found):
-        raise _refused(f"{entry.get('module')}.{name}")
+    module = str(entry.get("module") or "")
+    found = _named(module, str(name))
+    if (
+        _is_python(module, str(name))
+        if found is None
+        else not _is_building_block(found)
+    ):
+        raise _refused(f"{module}.{name}")
 
 
 def _given(entry: Mapping[str, Any], custom_objects: Mapping[str, Any]) -> Any:
+    # As Keras resolves them: functions by their names alone.
     names = [entry.get("registered_name"), entry["class_name"]]
     if entry["class_name"] == "function":
-        names = [entry["config"], entry.get("registered_name")]
+        names = [entry["config"]]
     for name in names:
         if isinstance(name, str) and name:
             found = custom_objects.get(name)
@@ -164,6 +180,14 @@ def _named(module: str, name: str) -> Any:
     if found is None:
         found = getattr(sys.modules.get(module), name, None)
     return found
+
+
+def _is_python(module: str, name: str) -> bool:
+    """Whether a name is one of Python itself: `os.system`, `exec`. Keras writes
+    "builtins" for every function, so there the name decides."""
+    if module == "builtins":
+        return hasattr(builtins, name)
+    return module.partition(".")[0] in sys.stdlib_module_names
 
 
 def _is_building_block(found: Any) -> bool:

@@ -1,16 +1,13 @@
-"""Configs made to hurt: one error each, nothing called, read or changed."""
+"""Cases of `test_hostile_files`: configs made to hurt, in archives and HDF5 files."""
 
 from __future__ import annotations
 
 import copy
 import json
-import warnings
 import zipfile
 
 import h5py
-import hostile
-import keras
-import pytest
+from hostile_folders import SOUND, case
 
 
 def function(module, name):
@@ -87,13 +84,22 @@ FUNCTIONS = (
     ("os", "system"),
 )
 MARKER = "You are attempting to create a variable while in a stateless scope"
-TEXT = "VOCABULARY"  # the path of a text file outside the model
-CASES = {
+TEXT = "VOCABULARY"  # stands for the path of a text file outside the model
+CONFIGS = {
     **{
         f"lambda-{m}.{n}": last(layer("Lambda", function=function(m, n)))
         for m, n in FUNCTIONS
     },
     **{f"activation-{m}.{n}": activation(function(m, n)) for m, n in FUNCTIONS},
+    "registered-name": last(
+        layer(
+            "Lambda",
+            function={
+                **function("keras.config", "set_floatx"),
+                "registered_name": "rewriters>PinnedTraining",
+            },
+        )
+    ),
     "pipeline": last(
         layer("Pipeline", layers=[function("keras.config", "set_floatx")])
     ),
@@ -130,70 +136,52 @@ TRAINING = {
 }
 
 
-@pytest.fixture(scope="module")
-def process(tmp_path_factory):
-    with hostile.Process(tmp_path_factory.mktemp("hostile")) as process:
-        (process.secrets / "words.txt").write_text("secret\n")
-        yield process
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """A sound model in both formats, without the ending of its name."""
-    layers = [keras.layers.Dense(3), keras.layers.Activation("relu")]
-    model = keras.Sequential([keras.Input((4,)), *layers], name="net")
-    model.compile("sgd", "mse", metrics=["mae"])
-    path = tmp_path_factory.mktemp("sound") / "sound"
-    for ending in CHANGED:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Keras's own, of .h5 files
-            model.save(path.with_suffix(ending))
-    return path
-
-
-def changed(config, change, words):
+def _changed(config, change, secrets):
     change(config)
-    return json.dumps(config).replace(TEXT, str(words))
+    return json.dumps(config).replace(TEXT, str(secrets / "words.txt"))
 
 
-def change_archive(source, target, change, words):
+def change_archive(source, target, change, secrets):
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             data = old.read(name)
             if name == "config.json":
-                data = changed(json.loads(data), change, words)
+                data = _changed(json.loads(data), change, secrets)
             new.writestr(name, data)
 
 
-def change_hdf5(source, target, change, words):
+def change_hdf5(source, target, change, secrets, version="2.15.0"):
     """As Keras 2 writes it, whose files take another way."""
     target.write_bytes(source.read_bytes())
     with h5py.File(target, "r+") as file:
-        text = changed(json.loads(file.attrs["model_config"]), change, words)
+        text = _changed(json.loads(file.attrs["model_config"]), change, secrets)
         del file.attrs["model_config"], file.attrs["training_config"]
         if len(text) < 60_000:
             file.attrs["model_config"] = text
         else:
             file.attrs.create("model_config", text, dtype=h5py.string_dtype())
-        file.attrs["keras_version"] = "2.15.0"
-        file["model_weights"].attrs["keras_version"] = "2.15.0"
+        if version:
+            file.attrs["keras_version"] = version
+            file["model_weights"].attrs["keras_version"] = version
 
 
 CHANGED = {".keras": change_archive, ".h5": change_hdf5}
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize(
-    "name",
-    [*(f"{n}{s}" for n in CASES for s in CHANGED)] + [f"{n}.keras" for n in TRAINING],
-)
-def test_a_hostile_config_does_nothing(process, sound, tmp_path, name):
-    case, _, ending = name.rpartition(".")
-    change = {**CASES, **TRAINING}[case]
-    words = process.secrets / "words.txt"
-    CHANGED["." + ending](
-        sound.with_suffix("." + ending), tmp_path / name, change, words
-    )
-    answer = process.load(tmp_path / name)
-    assert not answer.against("sound" if case in TRAINING else "refused"), answer
-    assert answer.text or answer.warnings
+def add(group, name, change, source="sequential", endings=CHANGED):
+    for ending in endings:
+
+        def damage(folder, sound, secrets, ending=ending):
+            path = folder / f"model{ending}"
+            CHANGED[ending](sound / f"{source}{ending}", path, change, secrets)
+            return path
+
+        damage.__name__ = f"{name}, {source}{ending}"
+        case(group)(damage)
+
+
+for _name, _change in CONFIGS.items():
+    add("configs", _name, _change)
+for _name, _change in TRAINING.items():
+    add("configs", _name, _change, endings=(".keras",))
+    SOUND.add(f"{_name}, sequential.keras")

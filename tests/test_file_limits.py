@@ -167,3 +167,24 @@ def test_every_flipped_bit_of_a_saved_model_is_refused(saved_model, name, rng):
             read_bundle(saved_model, "variables/variables")
     with pytest.raises(RewriteError, match="is damaged"):
         load(saved_model)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_the_time_to_build_is_not_counted(suffix, tmp_path, monkeypatch):
+    """A sound model of many layers takes Keras longer than a file may take to read."""
+    path = tmp_path / f"m{suffix}"
+    keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)]).save(path)
+    if suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            file.attrs["keras_version"] = "2.15.0"
+    clock = [0.0]
+    monkeypatch.setattr(budget.time, "thread_time", lambda: clock[0])
+    call = keras.layers.Dense.build
+
+    def slow(self, shape):
+        clock[0] += 100
+        call(self, shape)
+
+    monkeypatch.setattr(keras.layers.Dense, "build", slow)
+    load(path)
+    assert clock[0] >= 100

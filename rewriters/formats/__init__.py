@@ -100,6 +100,7 @@ def load(
             trust.check(saved.config, custom_objects, safe_mode)
             spec = modernize(saved, custom_objects, lambdas, safe_mode)
             adapted.complete(spec, saved)
+            budget.current().building()
             with private.safe_mode_scope(safe_mode):
                 model = _assemble(spec, saved, custom_objects)
             if compile:

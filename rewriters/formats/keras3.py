@@ -13,7 +13,7 @@ import keras
 
 from rewriters import private
 from rewriters.errors import RewriteError, reason
-from rewriters.formats import archive, hdf5, trust
+from rewriters.formats import archive, budget, hdf5, trust
 from rewriters.formats.build import (
     check_size,
     deferred,
@@ -45,6 +45,7 @@ def load(
     if error:  # what no file may name comes before what the caller could give
         raise error
     changed = translate(saved.config, saved.version) or bool(lambdas)
+    budget.current().building()
     _check_size(saved, given, safe_mode)
     saved.close()  # its weights are in memory, as Keras's reading them is next
     arguments = {"custom_objects": given, "safe_mode": safe_mode}

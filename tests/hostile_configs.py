@@ -51,6 +51,19 @@ def metrics(*entries):
     return change
 
 
+def pattern(config):
+    """An optimizer searches the names of layers for a regular expression."""
+    config["config"]["layers"][1]["config"]["name"] = "a" * 40
+    config["compile_config"]["optimizer"] = layer(
+        "Muon", "keras.optimizers", exclude_layers=["(a+)+$!"]
+    )
+
+
+def row(config):
+    layers = config["config"]["layers"]
+    layers[1:] = [layer("Activation", name=f"a{i}") for i in range(9_000)]
+
+
 def stateful(config):
     config["config"]["layers"][0]["config"]["batch_shape"] = [100_000, 5, 4]
     recurrent = layer("LSTM", units=50_000, stateful=True)
@@ -123,6 +136,33 @@ CONFIGS = {
             variance=1.0,
         )
     ),
+    "split": last(
+        layer(
+            "Lambda",
+            function=function("keras.ops", "split"),
+            arguments={"axis": 1, "indices_or_sections": 10**7},
+        )
+    ),
+    "unstack": last(
+        layer(
+            "Lambda",
+            function=function("keras.ops", "unstack"),
+            arguments={"axis": 1},
+        )
+    ),
+    "cells": last(
+        layer(
+            "RNN", cell=[layer("LSTMCell", units=1, name=f"c{i}") for i in range(3000)]
+        )
+    ),
+    "initializer": last(
+        layer(
+            "Dense",
+            units=1,
+            kernel_initializer=function("keras.ops.numpy", "diagflat"),
+        )
+    ),
+    "row": row,
     "stateful": stateful,
     "deep": deep,
     "one-name": lambda c: c["config"]["layers"].append(c["config"]["layers"][1]),
@@ -132,6 +172,7 @@ CONFIGS = {
 TRAINING = {
     "mean-iou": metrics(layer("MeanIoU", "keras.metrics", num_classes=25_000)),
     "thresholds": metrics(layer("AUC", "keras.metrics", num_thresholds=10**9)),
+    "pattern": pattern,
     "metric-function": metrics(function("keras.config", "set_floatx")),
 }
 

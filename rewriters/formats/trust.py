@@ -40,6 +40,8 @@ _TENSORS = frozenset(
     "x x1 a inputs input images image logits target xs variable condition query data "
     "subscripts".split()
 )
+# Operations that make as many tensors as an axis is long.
+_MANY = frozenset("unstack split array_split dsplit hsplit vsplit".split())
 # Entries that Keras resolves by itself, without a class behind them.
 PLAIN = frozenset(
     "__tensor__ __numpy__ __bytes__ __ellipsis__ ellipsis __slice__ __keras_tensor__ "
@@ -52,6 +54,8 @@ _COUNTS = {
     "num": 1 << 12,
     "indices_or_sections": 1 << 12,
     "num_or_size_splits": 1 << 12,
+    "cell": 1 << 8,
+    "cells": 1 << 8,
 }
 # A recurrent layer that is unrolled is traced step by step.
 _UNROLLED = 1 << 12
@@ -63,6 +67,12 @@ _STATE = 1 << 24
 _CONSTANT = "_CONSTANT_VALUE"
 # Calls looked at while those in the wrong order wait for their inputs.
 _WAITS = 1_000_000
+# Signs that make a text a regular expression which may take for ever to match.
+_PATTERN = frozenset("*+?{(|[\\")
+# Layers of one Sequential.
+_IN_A_ROW = 500
+# Tensors that one call takes.
+_TOGETHER = 1 << 11
 
 
 def check(
@@ -232,7 +242,8 @@ def _functions() -> dict[int, Any]:
     for name, function in vars(keras.ops).items():
         if inspect.isfunction(function) and not name.startswith("_"):
             arguments = list(inspect.signature(function).parameters)
-            if arguments and arguments[0] in _TENSORS and not _CALLED & set(arguments):
+            tensor = arguments and arguments[0] in _TENSORS
+            if tensor and not _CALLED & set(arguments) and name not in _MANY:
                 found.append(function)
     return {id(f): f for f in found}
 
@@ -255,8 +266,21 @@ def _check_values(entry: Mapping[str, Any]) -> None:
         )
     for key, most in _COUNTS.items():
         value = config.get(key)
-        if isinstance(value, int | float) and not -1 <= value <= most:
-            raise _damaged(f"{key}={value!r} in {config.get('name', kind)!r}", most)
+        count = len(value) if isinstance(value, list) else value
+        if isinstance(count, int | float) and not -1 <= count <= most:
+            raise _damaged(f"{key}={count!r} in {config.get('name', kind)!r}", most)
+    if kind == "Sequential" and isinstance(config.get("layers"), list):
+        if len(config["layers"]) > _IN_A_ROW:  # Keras builds it anew with each
+            raise _damaged(f"{len(config['layers'])} layers in a row", _IN_A_ROW)
+    for key, value in config.items():
+        made = isinstance(value, dict) and value.get("class_name") == "function"
+        if made and key.endswith("initializer"):
+            module = str(value.get("module"))
+            if module.startswith("keras.ops"):  # it would be given a shape
+                raise _refused(f"{module}.{value.get('config')} as {key}")
+    for name in config.get("exclude_layers") or ():
+        if _PATTERN & set(str(name)):  # an optimizer searches names for it
+            raise _refused(f"the regular expression {name!r} in an optimizer")
     if config.get("unroll") is True:
         for node in entry.get("inbound_nodes") or ():
             for shape in _shapes(node):
@@ -292,6 +316,9 @@ def check_extent(config: Any) -> None:
         if isinstance(value, dict):
             if "class_name" in value:
                 depth += 1
+                nodes = value.get("inbound_nodes")
+                if isinstance(nodes, list) and len(nodes) > 1:  # each is a call
+                    cost.spend("layers", len(nodes) - 1, what="the calls of its layers")
                 if "inbound_nodes" in value or "build_config" in value:
                     cost.spend("layers", what="the layers of the model's config")
             todo += [(v, depth) for v in value.values() if isinstance(v, dict | list)]
@@ -323,7 +350,10 @@ def _check_graph(entry: Mapping[str, Any]) -> None:
     for layer, name in zip(layers, names, strict=True):
         nodes = layer.get("inbound_nodes")
         for index, node in enumerate(nodes if isinstance(nodes, list) else ()):
-            needed = _inputs(node)
+            given = _inputs(node)
+            if len(given) > _TOGETHER:
+                raise _damaged(f"{name!r} called on {len(given)} tensors", _TOGETHER)
+            needed = set(given)
             if not needed and isinstance(node, dict) and node:
                 raise RewriteError(
                     f"The layer {name!r} is called on no tensor of the model",
@@ -355,23 +385,23 @@ def _name(layer: Mapping[str, Any]) -> Any:
     return layer.get("name") or inner
 
 
-def _inputs(node: Any) -> set[Any]:
-    """Names of the layers whose outputs a stored call takes."""
-    found: set[Any] = set()
+def _inputs(node: Any) -> list[Any]:
+    """Names of the layers whose outputs a stored call takes, one for each tensor."""
+    found: list[Any] = []
     todo = [node]
     while todo:
         value = todo.pop()
         if isinstance(value, dict):
             if value.get("class_name") == "__keras_tensor__":
                 history = (value.get("config") or {}).get("keras_history") or [None]
-                found.add(history[0])
+                found.append(history[0])
             else:
                 todo += value.values()
         elif isinstance(value, list):
             if len(value) >= 3 and isinstance(value[0], str) and type(value[1]) is int:
-                found.add(value[0])
+                found.append(value[0])
             todo += value
-    return found - {_CONSTANT}
+    return [name for name in found if name != _CONSTANT]
 
 
 def _refused(got: str) -> RewriteError:

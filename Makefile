@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: help demo test test-ci test-jax test-nightly slow bench lint format types docs check-docs wheel clean
+.PHONY: help demo test test-ci test-jax test-nightly fuzz slow bench lint format types docs check-docs wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ test-nightly: $(READY)  ## the private parts and the zoo, on Keras's nightly bui
 	rm -rf build/nightly
 	$(BIN)/python -m pip install --quiet --no-deps --pre --target build/nightly keras-nightly
 	PYTHONPATH=build/nightly $(PYTEST) tests/test_private.py tests/test_rewriters.py
+
+FUZZ ?= --minutes 5
+fuzz: $(READY)  ## load changed files by the thousand: make fuzz FUZZ="--inputs 10000"
+	$(BIN)/python tests/fuzz/fuzz.py --keep build/fuzz $(FUZZ)
 
 slow: $(READY)  ## the tests marked slow
 	$(PYTEST) -m slow

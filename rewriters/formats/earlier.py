@@ -58,14 +58,15 @@ def by_keras(entry: dict[str, Any]) -> bool:
     return str(entry.get("module")).split(".", 1)[0] in ("keras", "builtins")
 
 
-def entries(value: Any) -> Iterator[dict[str, Any]]:
-    """Every `{"class_name": ..., "config": ...}` in `value`, in order."""
+def entries(value: Any, *, without: str | None = None) -> Iterator[dict[str, Any]]:
+    """Every `{"class_name": ..., "config": ...}` in `value`, in order, but for what
+    lies under the key `without`."""
     todo = [value]
     while todo:
         value = todo.pop()
         if isinstance(value, dict):
             if isinstance(value.get("class_name"), str) and "config" in value:
                 yield value
-            todo += reversed(value.values())
+            todo += reversed([v for k, v in value.items() if k != without])
         elif isinstance(value, list):
             todo += reversed(value)

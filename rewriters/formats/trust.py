@@ -11,9 +11,9 @@ call or reads another file is refused.
 from __future__ import annotations
 
 import builtins
-import copy
 import functools
 import inspect
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -69,6 +69,8 @@ _CONSTANT = "_CONSTANT_VALUE"
 _WAITS = 1_000_000
 # Signs that make a text a regular expression which may take for ever to match.
 _PATTERN = frozenset("*+?{(|[\\")
+# Where a config has what its model was compiled with.
+_TRAINING = "compile_config"
 # Layers of one Sequential.
 _IN_A_ROW = 500
 # Tensors that one call takes.
@@ -87,7 +89,7 @@ def check(
             sizes hold all the same.
     """
     code: set[int] = set()  # of Lambdas, which the caller replaces or names
-    for entry in entries(untrained(config)):
+    for entry in entries(config, without=_TRAINING):
         if entry["class_name"] == "Lambda" and isinstance(entry["config"], dict):
             code.add(id(entry["config"].get("function")))
         if safe_mode and not (
@@ -100,9 +102,11 @@ def check(
 
 def untrained(config: Any) -> Any:
     """A copy of a config without what its models were compiled with."""
-    config = copy.deepcopy(config)  # Keras takes a config apart as it reads it
+    # Keras takes a config apart as it reads it. All of it is JSON, which this copies
+    # ten times as fast as `deepcopy`.
+    config = json.loads(json.dumps(config))
     for entry in entries(config):
-        entry.pop("compile_config", None)
+        entry.pop(_TRAINING, None)
     return config
 
 

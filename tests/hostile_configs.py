@@ -173,6 +173,7 @@ TRAINING = {
     "mean-iou": metrics(layer("MeanIoU", "keras.metrics", num_classes=25_000)),
     "thresholds": metrics(layer("AUC", "keras.metrics", num_thresholds=10**9)),
     "pattern": pattern,
+    "metrics": metrics(*["mse"] * 60_000),
     "metric-function": metrics(function("keras.config", "set_floatx")),
 }
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import tree
 
 from rewriters import private
 from rewriters.errors import RewriteError
@@ -63,6 +64,8 @@ _UNROLLED = 1 << 12
 _DEPTH = 100
 # Numbers that metrics, and the states of recurrent layers, may hold together.
 _STATE = 1 << 24
+# Names in what a model was compiled with; Keras makes a metric for some of them.
+_NAMES = 1 << 13
 # What Keras 2 wrote for the layer of an argument that is a constant.
 _CONSTANT = "_CONSTANT_VALUE"
 # Calls looked at while those in the wrong order wait for their inputs.
@@ -113,7 +116,9 @@ def untrained(config: Any) -> Any:
 def check_training(config: Any, custom_objects: Mapping[str, Any]) -> None:
     """Raises if what a model was compiled with names what no file may name, or takes
     memory out of proportion. Its metrics and losses are made without their values."""
-    size = 0.0
+    size, names = 0.0, sum(isinstance(v, str) for v in tree.flatten(config))
+    if names > _NAMES:
+        raise _damaged(f"{names} names of losses, metrics and the like", _NAMES)
     for entry in entries(config):
         _check_entry(entry, custom_objects)
         _check_values(entry)

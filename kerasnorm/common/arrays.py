@@ -27,3 +27,26 @@ def as_array(values: Any) -> np.ndarray:
             got=f"{type(values).__name__} {shown(values)}, uneven within",
             expected="samples of one shape; batches as a generator or a dataset",
         ) from None
+
+
+class Taken:
+    """Some rows of an array, copied as they are asked for."""
+
+    def __init__(self, array: Any, rows: np.ndarray):
+        if isinstance(array, Taken):
+            array, rows = array.array, array.rows[rows]
+        self.array, self.rows = array, np.asarray(rows)
+        self.shape, self.dtype = (len(self.rows), *array.shape[1:]), array.dtype
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.array[self.rows[rows]]
+
+
+def fed(a: np.ndarray) -> Any:
+    """An array as Keras's trainers take it: strings, of which NumPy has many kinds, as
+    tensors."""
+    return keras.ops.convert_to_tensor(a, "string") if a.dtype.kind in "OSU" else a

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 from keras import tree
 
-from kerasnorm.common.arrays import as_array
+from kerasnorm.common.arrays import Taken, as_array
 from kerasnorm.common.errors import KerasNormError
 from rewriters import private
 from rewriters.program import fixed_batch
@@ -49,7 +49,18 @@ class Inputs:
 
     def spread(self, samples: int) -> Inputs:
         """At most this many samples, evenly spaced: data may be sorted by class."""
-        return Inputs(_spread(self.arrays, samples), self.structure)
+        rows = spaced(len(self), samples)
+        return self if isinstance(rows, slice) else self.taken(rows)
+
+    def taken(self, rows: np.ndarray) -> Inputs:
+        """Some of the samples, in this order; nothing is copied."""
+        arrays: Any = [Taken(a, rows) for a in self.arrays]
+        return Inputs(arrays, self.structure)
+
+    def without(self, rows: np.ndarray) -> Inputs:
+        """The samples but for some."""
+        rest = np.setdiff1d(np.arange(len(self)), rows)
+        return replace(self, arrays=self.taken(rest).arrays)
 
 
 def collect(

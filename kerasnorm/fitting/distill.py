@@ -11,17 +11,16 @@ import numpy as np
 from keras import ops, tree
 
 from kerasnorm.common import data as reading
+from kerasnorm.common.arrays import fed
 from kerasnorm.common.errors import KerasNormError
+from kerasnorm.fitting.judge import Judge, per_sample
 from kerasnorm.fitting.muon import Muon
 from kerasnorm.numerics import moments, replicas
 from kerasnorm.runtime import compilation
-from kerasnorm.runtime.programs import Compiled
-from rewriters.program import fixed_batch, maker_of
+from rewriters.program import fixed_batch
 from rewriters.tracing import watching
 
 
-# Softened probabilities tell more about the wrong classes than hard ones.
-TEMPERATURE = 2.0
 # So many samples tell what kind of outputs a model has.
 LOOK = 256
 
@@ -147,6 +146,7 @@ def distill(
     student: Any,
     pairs: Sequence[tuple[str, Any, Any]],
     inputs: reading.Inputs,
+    judge: Judge | None = None,
     *,
     epochs: int = 3,
     batch_size: int = 32,
@@ -160,7 +160,8 @@ def distill(
     """Trains all trainable weights of the student.
 
     Returns the loss of each epoch, and whether the outputs came nearer to those of the
-    teacher; if not, the student is as it was.
+    teacher. The weights are those, of the ones that it came with and those after each
+    epoch, with which they are nearest: by the `judge`, or on the inputs themselves.
 
     Muon, at a rate that rises over the first tenth of the steps and falls to zero along
     a cosine. The loss of an output follows from the teacher's values (see `kind`),
@@ -171,11 +172,7 @@ def distill(
     to train from within than from its end alone) and for nothing at the end. Inputs
     that are a stream are shuffled in blocks of `memory` bytes.
     """
-    look = inputs.spread(LOOK)
-    losses = [
-        _loss("linear" if is_linear(teacher, k) else kind(y), y)
-        for k, y in enumerate(_outputs(teacher, look))
-    ]
+    judge = judge or Judge(teacher, inputs.spread(LOOK), views)
     failures: list[KerasNormError] = []
     if inputs.stream is None:
         batches: Any = _Batches(inputs, batch_size, seed)
@@ -185,9 +182,9 @@ def distill(
         more = {"steps_per_epoch": per_epoch}
         batches = _streamed(inputs, inputs.stream, batch_size, seed, memory, failures)
     steps = epochs * per_epoch
-    settings: Any = (losses, augment, views, steps, inputs.pack)
+    settings: Any = (judge.losses, augment, views, steps, inputs.pack)
     pupil = Pupil(teacher, student, pairs, *settings)
-    if not _traces(pupil, look.arrays):
+    if not _traces(pupil, inputs.arrays):
         pupil = Pupil(teacher, student, (), *settings)
     # Steps are as long as the rate whatever the gradient: at the full rate the first
     # would undo the fit that the student comes with.
@@ -199,28 +196,31 @@ def distill(
     jit = replicas.of(pupil) == 1 and compilation.compiles(pupil)
     optimizer = Muon(student, schedule)
     done = itertools.count(1)
+    start = least = judge.gap(student)
+    best = student.get_weights()
+
+    def note(epoch: int, logs: Any) -> None:
+        nonlocal least, best
+        gap = judge.gap(student)
+        if gap < least:
+            least, best = gap, student.get_weights()
+
     progress = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: tick(next(done) / steps)
+        on_train_batch_end=lambda batch, logs: tick(next(done) / steps),
+        on_epoch_end=note,
     )
     how = {"shuffle": False, "verbose": 0, "callbacks": [progress], **more}
     try:
         with compilation.tracing([pupil] if jit else []):
             # One loss for each sample: Keras does not share a scalar out over replicas.
             pupil.compile(optimizer, loss=lambda _, p: p, jit_compile=jit)
-            # By the outputs alone.
-            judge = Pupil(teacher, student, (), losses, views=views, pack=inputs.pack)
-            judge.compile(loss=lambda _, p: p, jit_compile=jit)
-            sample, before = _Batches(look, batch_size, seed), student.get_weights()
-            start = judge.evaluate(sample, verbose=0)
             history = pupil.fit(batches, epochs=epochs, **how)
-            helped = judge.evaluate(sample, verbose=0) < start
     except Exception:
         if failures:
             raise failures[0] from None
         raise
-    if not helped:  # too few steps, or too large ones, for a student that was near
-        student.set_weights(before)
-    return [float(v) for v in history.history["loss"]], helped
+    student.set_weights(best)
+    return [float(v) for v in history.history["loss"]], least < start
 
 
 def checked_views(
@@ -238,7 +238,7 @@ def checked_views(
         return ()
     two = inputs.spread(fixed_batch(model) or 2)
     x = tree.map_structure(
-        lambda a: ops.convert_to_tensor(_fed(a)), two.pack(two.arrays)
+        lambda a: ops.convert_to_tensor(fed(a)), two.pack(two.arrays)
     )
     for view in views:
         given = view(x) if callable(view) else None
@@ -252,7 +252,7 @@ def checked_views(
                 got=f"{view!r}, which gives {shapes[1]} for {shapes[0]}",
                 fix="Flip images with `lambda x: x[:, :, ::-1]`, for example.",
             )
-    rank = max(len(y.shape) for y in _outputs(model, two))
+    rank = max(len(y.shape) for y in tree.flatten(model(x, training=False)))
     if rank > 2:
         raise KerasNormError(
             "the outputs are averaged over views, and those of this model have "
@@ -264,19 +264,6 @@ def checked_views(
     return views
 
 
-def _outputs(model: Any, inputs: reading.Inputs) -> list[np.ndarray]:
-    """Flat outputs of a model, in some order, some of them twice."""
-    run = Compiled(
-        lambda x: tree.flatten(model(inputs.pack(x), training=False)),
-        [(v, v) for v in model.variables],
-        [model],
-    )
-    batches = _Batches(inputs, fixed_batch(model) or 64, 0)
-    parts = [run(batches[k][0]) for k in range(len(batches))]
-    flat = zip(*parts, strict=True)
-    return [np.concatenate([ops.convert_to_numpy(v) for v in part]) for part in flat]
-
-
 def _traces(pupil: Pupil, inputs: Any) -> bool:
     """Whether what the layers compute can be seen from outside.
 
@@ -284,7 +271,7 @@ def _traces(pupil: Pupil, inputs: Any) -> bool:
     """
     size = fixed_batch(pupil.teacher)
     specs = tuple(
-        keras.KerasTensor((size, *a.shape[1:]), _fed(a[:1]).dtype) for a in inputs
+        keras.KerasTensor((size, *a.shape[1:]), fed(a[:1]).dtype) for a in inputs
     )
     try:
         keras.Operation.compute_output_spec(pupil, specs)
@@ -306,16 +293,10 @@ def _streamed(
     try:
         for flat in stream.shuffled(size, seed, memory):
             target = np.zeros(size, "float32")  # Keras wants one
-            yield tuple(map(_fed, flat)), target
+            yield tuple(map(fed, flat)), target
     except KerasNormError as error:
         failures.append(error)
         raise
-
-
-def _fed(a: np.ndarray) -> Any:
-    """An array as Keras's trainers take it: strings, of which NumPy has many kinds, as
-    tensors."""
-    return ops.convert_to_tensor(a, "string") if a.dtype.kind in "OSU" else a
 
 
 class _Batches(keras.utils.PyDataset):
@@ -337,43 +318,11 @@ class _Batches(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         rows = np.arange(index * self.size, (index + 1) * self.size)
         rows = np.take(self.order, rows, mode="wrap")
-        x = tuple(_fed(a[rows]) for a in self.inputs.arrays)
+        x = tuple(fed(a[rows]) for a in self.inputs.arrays)
         return x, np.zeros(len(rows), "float32")  # Keras wants a target
 
     def on_epoch_end(self) -> None:
         self.order = self.rng.permutation(len(self.order))
-
-
-def kind(outputs: np.ndarray) -> str:
-    """What outputs are, told by their values: `softmax`, `sigmoid` or `linear`."""
-    if outputs.min() < 0 or outputs.max() > 1 + 1e-3:
-        return "linear"
-    if outputs.shape[-1] > 1 and np.allclose(outputs.sum(-1), 1, atol=1e-2):
-        return "softmax"
-    return "sigmoid"
-
-
-def is_linear(model: Any, k: int) -> bool:
-    """Whether the layer that makes an output says that it has no activation: its values
-    are no probabilities, even where all of them could be."""
-    maker = maker_of(model, k)
-    return getattr(maker, "activation", None) is keras.activations.linear
-
-
-def _loss(which: str, outputs: np.ndarray) -> Callable[[Any, Any], Any]:
-    """`(teacher's, student's) -> loss of each sample` for outputs like these."""
-    if which == "softmax":
-        return _softened
-    if which == "sigmoid":
-        return _entropy
-    power = float(np.mean(np.var(outputs.astype("float64"), 0))) + 1e-12
-    return lambda y, p: _per_sample(ops.square(ops.cast(y - p, "float32"))) / power
-
-
-def _entropy(y: Any, p: Any) -> Any:
-    """Binary cross-entropy of each sample."""
-    y, p = (ops.reshape(ops.cast(v, "float32"), (ops.shape(v)[0], -1)) for v in (y, p))
-    return keras.losses.binary_crossentropy(y, p)
 
 
 def _relative(y: Any, p: Any) -> Any:
@@ -382,18 +331,4 @@ def _relative(y: Any, p: Any) -> Any:
     y, p = ops.cast(y, "float32"), ops.cast(p, "float32")
     with replicas.synchronized():
         _, variance = moments.moments(y, range(len(y.shape)))
-    return _per_sample(ops.square(y - p)) / (ops.max(variance) + 1e-12)
-
-
-def _per_sample(v: Any) -> Any:
-    return ops.mean(ops.reshape(v, (ops.shape(v)[0], -1)), -1)
-
-
-def _softened(y: Any, p: Any) -> Any:
-    def log_of(v: Any) -> Any:
-        v = ops.log(ops.clip(ops.cast(v, "float32"), 1e-7, 1.0))
-        return ops.log_softmax(v / TEMPERATURE)
-
-    log_y, log_p = log_of(y), log_of(p)
-    gap = ops.sum(ops.exp(log_y) * (log_y - log_p), -1, keepdims=True)
-    return TEMPERATURE**2 * _per_sample(gap)
+    return per_sample(ops.square(y - p)) / (ops.max(variance) + 1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -36,12 +36,15 @@ class Side:
         self.last = program.last_use()
         self.at = 0
 
-    def call(self, i: Instruction, part: int, first: int | None = None) -> list[Any]:
-        """The flat outputs of an instruction for one part of the samples, or only the
-        first few of it."""
-        env = {v: self.env[v][part] for v in i.inputs}
-        if first is not None:
-            env = {v: x[:first] for v, x in env.items()}
+    def call(
+        self,
+        i: Instruction,
+        part: int,
+        others: Mapping[Value, Any] | None = None,
+    ) -> list[Any]:
+        """The flat outputs of an instruction for one part of the samples; `others` come
+        in the place of what is known."""
+        env = {v: self.env[v][part] for v in i.inputs} | dict(others or {})
         args, kwargs = fill(i, env, False)
         outputs = tree.flatten(i.operation(*args, **kwargs))
         # An opaque model's outputs are of no interest, however many they are.
@@ -64,12 +67,6 @@ def size_of(x: Any) -> int:
     size = {"bool": 1, "string": 16}.get(dtype)  # as TensorFlow holds short ones
     size = size or int("".join(c for c in dtype if c.isdigit())) // 8
     return int(np.prod([d or 1 for d in x.shape])) * size
-
-
-def largest(program: Any) -> int:
-    """Bytes of one sample of the largest value, as far as shapes are known."""
-    values = [*program.inputs, *(v for i in program.instructions for v in i.outputs)]
-    return 4 * max(int(np.prod([d or 1 for d in v.shape[1:]])) for v in values)
 
 
 def twins(teacher: Any, student: Any) -> dict[Instruction, Instruction]:

@@ -1,9 +1,13 @@
 """Keeps what a model knew through a swap: fits the new layers to the old model.
 
 Teacher (the original) and student (the rewritten copy) are walked together, one
-instruction at a time over all samples, so a whole fit costs about one forward pass of
+instruction at a time over all samples, so a whole fit costs a few forward passes of
 each. At every swapped site the student's layer is solved in closed form on the
 student's own inputs, so that it also makes up for what earlier sites lost.
+
+A fifth of the samples is held out. Whatever is chosen is what is best on them, each
+step of the fit stands only if it brings their outputs nearer to the original's, and
+they tell how often the new model answers as the original does.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import math
 import numbers
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +27,23 @@ from kerasnorm.common import data as reading
 from kerasnorm.common.errors import KerasNormError, count
 from kerasnorm.common.progress import Progress
 from kerasnorm.fitting.distill import checked_views, distill
-from kerasnorm.fitting.walk import SiteFit, Walk
+from kerasnorm.fitting.judge import Agreement, Judge
+from kerasnorm.fitting.sites import SiteFit
+from kerasnorm.fitting.walk import Walk
 from rewriters.compare import outputs
 from rewriters.program import fixed_batch
 
 
 # Samples that the closed-form part of each fit uses, at most.
 SAMPLES = {"affine": 1024, "refit": 2048, "distill": 2048}
+# One of so many samples is held out, and at most so many.
+HELD, MOST_HELD = 5, 1000
+# The affine fit that a refit has to be better than sees so many.
+FIRST = 256
+# With fewer there is nothing to hold out.
+LEAST = 10
+# Gaps to the original so little apart are rounding.
+ALIKE = 1e-6
 # So many paths are named in one note, at most.
 FEW = 3
 
@@ -42,8 +56,10 @@ class FitResult:
         method: `"affine"`, `"refit"` or `"distill"`.
         sites: one entry for each swapped layer.
         refitted: paths of the linear layers that were solved anew.
-        samples: samples used by the closed-form part.
+        samples: samples used by the closed-form part, those held out included.
         seconds: wall time of the whole fit.
+        agreement: how often each output answers as the original does, on samples held
+            out; empty where there were too few.
         history: losses by epoch (distill only).
         notes: what the user should know, such as samples left out for memory.
     """
@@ -53,6 +69,7 @@ class FitResult:
     refitted: tuple[str, ...] = ()
     samples: int = 0
     seconds: float = 0.0
+    agreement: tuple[Agreement, ...] = ()
     history: dict[str, list[float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -64,7 +81,7 @@ def fit(
     data: Any,
     method: str = "affine",
     *,
-    groups: str | None = None,
+    choose: Collection[str] = (),
     samples: int | None = None,
     batch_size: int = 32,
     memory: float = 2e9,
@@ -88,8 +105,12 @@ def fit(
             `"distill"` starts with `"refit"` and then trains the student on the
             original's outputs and on those of its swapped layers, unless that takes
             it further away.
-        groups: `"auto"` also chooses the number of groups of each new layer that has
-            one, by the share of variance kept.
+        choose: what is chosen of each new layer that has it, by the share of variance
+            kept. `"groups"`: the number of groups. `"epsilon"`: 1/2 of the mean
+            variance or all of it is added to epsilon where the layer divides by
+            `sqrt(variance + epsilon)`. That draws each sample's variance towards the
+            mean one, as a shrinkage estimate does, and the layer normalizes less for
+            it; see `SiteFit.normalizes`.
         samples: samples for the closed-form part, spread evenly over the data; by
             default at most 1024 for `"affine"`, 2048 otherwise.
         batch_size: samples of one training step of `"distill"`; where the model takes
@@ -139,26 +160,60 @@ def fit(
         )
     batch_size = fixed_batch(teacher) or batch_size
     views = checked_views(teacher, inputs, views)
+    solved, held = apart(len(inputs), seed, fixed_batch(teacher) or 1)
+    judge = None
+    if len(held):
+        seen = held[reading.spaced(len(held), SAMPLES[method] // HELD)]
+        judge = Judge(teacher, inputs.taken(seen), views)
     history, notes = {}, []
-    with Progress(verbose) as progress:
-        walk = Walk(
+
+    def walk(method: str, samples: int, tick: Callable[[float], None]) -> Walk:
+        rows, out = _together(solved, held, samples, seed)
+        work = Walk(
             teacher,
             student,
             pairs,
-            inputs.spread(samples or SAMPLES[method]),
+            inputs.taken(rows),
+            out,
             refit=method != "affine",
-            groups=groups,
+            choose=choose,
+            chosen={f.path: f.groups for f in found.fits.values()} if found else None,
             memory=memory,
             seed=seed,
-            tick=lambda share: progress.update("fitting", share),
+            tick=tick,
         )
-        walk.run()
+        work.run()
+        return work
+
+    with Progress(verbose) as progress:
+        plain = best = _State(student, pairs, judge)
+        found: Walk | None = None
+        steps = ["affine"] if method == "affine" else ["affine", "refit"]
+        most = samples or SAMPLES[method]
+        for step in steps if judge is not None else steps[-1:]:
+            plain.restore()
+            done = walk(
+                step,
+                most if step == steps[-1] else min(FIRST, most),
+                lambda share: progress.update("fitting", share),
+            )
+            state = _State(student, pairs, judge)
+            if state.gap <= best.gap + ALIKE:
+                best, found = state, done
+        if best is not state:
+            notes.append(
+                f"{steps[-1]!r} brought the outputs no nearer to the original's on "
+                f"samples held out: the weights are those "
+                + ("of 'affine'" if found is not None else "carried over")
+            )
+            best.restore()
         if method == "distill":
             history["loss"], helped = distill(
                 teacher,
                 student,
                 pairs,
-                inputs,
+                inputs.without(held),
+                judge,
                 epochs=epochs,
                 batch_size=batch_size,
                 learning_rate=learning_rate,
@@ -175,20 +230,81 @@ def fit(
                 )
     if inputs.cut and inputs.stream is None:
         notes.append(f"the first {len(inputs)} samples were used, to save memory")
-    if method != "affine" and not walk.refitted:
+    fits = tuple(done.fits.values())
+    if found is None:  # nothing stands of what was solved
+        fits = tuple(SiteFit(f.path, f.before, f.before, note=f.note) for f in fits)
+    elif found is not done:
+        fits, done = tuple(found.fits.values()), found
+    if steps[-1] != "affine" and not done.refitted:
         notes.append("no linear layer was solved")
-    for why, paths in walk.unsolved.items():
+    for why, paths in done.unsolved.items():
         more = f" and {len(paths) - FEW} more" if len(paths) > FEW else ""
         notes.append(f"not solved, {why}: {', '.join(paths[:FEW])}{more}")
     return FitResult(
         method,
-        tuple(walk.sites.values()),
-        tuple(walk.refitted),
-        walk.samples,
+        fits,
+        tuple(done.refitted) if found is not None else (),
+        done.samples,
         time.perf_counter() - started,
+        judge.agreement(student) if judge is not None else (),
         history,
-        (*notes, *walk.notes),
+        (*notes, *done.notes),
     )
+
+
+class _State:
+    """What a fit may change of a student, and how near its outputs are to the
+    original's."""
+
+    def __init__(
+        self,
+        student: Any,
+        pairs: Sequence[tuple[str, Any, Any]],
+        judge: Judge | None,
+    ):
+        self.student, self.weights = student, student.get_weights()
+        self.settings = [
+            (new, name, getattr(new, name))
+            for _, _, new in pairs
+            for name in ("groups", "epsilon")
+            if type(getattr(new, name, None)) in (int, float)
+        ]
+        self.gap = math.inf if judge is None else judge.gap(student)
+
+    def restore(self) -> None:
+        """Makes the student what it was."""
+        self.student.set_weights(self.weights)
+        for layer, name, value in self.settings:
+            setattr(layer, name, value)
+
+
+def apart(n: int, seed: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of n samples to fit to, and which to hold out: random ones, whole batches
+    of them; none where there are too few."""
+    count = min(n // HELD, MOST_HELD) // batch * batch if n >= LEAST else 0
+    order = np.random.default_rng(seed).permutation(n)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def _together(
+    solved: np.ndarray, held: np.ndarray, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """So many samples of both in a random order, and which are held out: every so
+    often one, so that the first ones have their share."""
+    if not len(held):
+        solved = solved[reading.spaced(len(solved), samples)]
+        return np.random.default_rng(seed).permutation(solved), np.zeros(
+            len(solved), bool
+        )
+    out = min(len(held), max(1, samples // HELD))
+    solved = solved[reading.spaced(len(solved), max(1, samples - out))]
+    held = held[reading.spaced(len(held), out)]
+    flags = np.zeros(len(solved) + len(held), bool)
+    flags[np.linspace(0, len(flags) - 1, len(held)).astype(int)] = True
+    rng = np.random.default_rng(seed)
+    rows = np.empty(len(flags), int)
+    rows[flags], rows[~flags] = rng.permutation(held), rng.permutation(solved)
+    return rows, flags
 
 
 def _check_outputs(teacher: Any, inputs: reading.Inputs) -> None:
@@ -220,7 +336,7 @@ def check_options(options: Any) -> None:
     known = {
         name: p.default
         for name, p in inspect.signature(fit).parameters.items()
-        if p.kind is p.KEYWORD_ONLY and name not in ("groups", "verbose")
+        if p.kind is p.KEYWORD_ONLY and name not in ("choose", "verbose")
     }
     unknown = (
         [k for k in options if k not in known]
@@ -280,6 +396,8 @@ def prepare(
         return data
     wanted = SAMPLES[method] if samples is None else count("samples", samples)
     limit = None if method == "distill" else wanted
+    # Of arrays nothing is copied that is not used.
+    limit = None if reading.batches_of(data) is None else limit
     inputs = reading.collect(model, data, limit, memory / 4)
     reading.whole_batch(model, min(len(inputs), wanted))
     return inputs

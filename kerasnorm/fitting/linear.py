@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from kerasnorm.fitting import solve
-from kerasnorm.fitting.observations import Array, assign, numpy_of
+from kerasnorm.fitting.observations import (
+    Array,
+    Parts,
+    Sampler,
+    assign,
+    mask_of,
+    numpy_of,
+)
 from kerasnorm.kernels.kernel import is_composed
 from rewriters.transfer import own_variables
 
@@ -78,23 +85,78 @@ class Linear:
         y = y.swapaxes(0, 1).reshape(len(x), -1)
         return y + numpy_of(self.layer.bias) if self.layer.use_bias else y
 
-    def update(self, x: Array, y: Array, pull: float) -> bool:
-        """Moves the kernel so that the outputs for the rows x come close to y. False,
-        and nothing is moved, where the values are too large to solve with."""
-        layer = self.layer
-        missing = (y - self.forward(x)).reshape(len(y), self.groups, -1)
-        solved = [
-            solve.ridge(x[:, g], missing[:, g], pull, layer.use_bias)
-            for g in range(self.groups)
-        ]
-        if not all(np.isfinite(v).all() for pair in solved for v in pair):
+    def equations(
+        self,
+        old: Any,
+        x: Parts,
+        old_x: Parts,
+        old_y: Parts,
+        missing: Parts | None,
+        held: Sequence[Array],
+        samples: int,
+        seed: int,
+    ) -> tuple[solve.Normal, Array]:
+        """What a change of the kernel is solved from, and what errors of each output
+        count: in units of its power, but for outputs that are nearly zero.
+
+        Args:
+            old: the original's layer, without its activation to be followed.
+            x, old_x, old_y: inputs of this layer, inputs and outputs of the old one.
+            missing: what is to be made up for beside the old outputs.
+            held: by part, which samples are held out.
+            samples: how many there are in all.
+            seed: of the positions that are used.
+        """
+        limit = min(2**15, max(2**12, 8 * self.columns))
+        sampler = Sampler(limit, samples, seed)
+        normal, sizes = solve.Normal(self.layer.use_bias), np.float64(0)
+        for k in range(len(x)):
+            wanted = self.channels_last(old_y[k])
+            picked = sampler.all_positions(k, wanted.shape)
+            out = np.repeat(held[k], picked.shape[1])
+            keep = np.ones(len(out), bool)
+            mask = mask_of(x[k])
+            if mask is not None and mask.shape == wanted.shape[:-1]:
+                mask = mask.reshape(len(mask), -1)
+                keep = np.take_along_axis(mask, picked, 1).reshape(-1)
+            rows = self.rows(x[k], wanted.shape, picked)[keep]
+            targets = self.targets(old, old_x[k], wanted, picked)
+            if missing is not None:
+                more = self.channels_last(missing[k])
+                more = more.reshape(len(more), -1, more.shape[-1])
+                more = np.take_along_axis(more, picked[..., None], 1)
+                targets = targets + more.reshape(targets.shape)
+            targets, out = targets[keep], out[keep]
+            left = self.residual(rows, targets)
+            normal.add(rows[~out], left[~out])
+            normal.keep(rows[out], left[out])
+            sizes = sizes + np.square(targets).sum(0, dtype="float64")
+        weights = 1 / (sizes + 1e-3 * np.mean(sizes) + 1e-30)
+        return normal, np.reshape(weights, (self.groups, -1))
+
+    def residual(self, x: Array, y: Array) -> Array:
+        """What the outputs for rows of inputs lack of y: `(rows, groups, outputs)`."""
+        return (y - self.forward(x)).reshape(len(y), self.groups, -1)
+
+    def update(self, change: Array, shift: Array) -> bool:
+        """Adds to the kernel and, where there is one, the bias. False, and nothing is
+        moved, where the values are not finite."""
+        if not (np.isfinite(change).all() and np.isfinite(shift).all()):
             return False
-        change = np.stack([change for change, _ in solved])
         assign(self.kernel, self._kernel_of(self.matrices().astype("float64") + change))
-        if layer.use_bias:
-            shift = np.concatenate([shift for _, shift in solved])
-            assign(layer.bias, numpy_of(layer.bias).astype("float64") + shift)
+        if self.layer.use_bias:
+            bias = numpy_of(self.layer.bias).astype("float64") + shift.reshape(-1)
+            assign(self.layer.bias, bias)
         return True
+
+    def scale(self, by: Array) -> None:
+        """Multiplies each output by a number."""
+        matrices = self.matrices().astype("float64")
+        by = by.reshape(self.groups, 1, -1)
+        assign(self.kernel, self._kernel_of(matrices * by))
+        if self.layer.use_bias:
+            bias = numpy_of(self.layer.bias).astype("float64")
+            assign(self.layer.bias, bias * by.reshape(-1))
 
 
 class Convolution(Linear):

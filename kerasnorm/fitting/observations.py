@@ -141,30 +141,29 @@ class Sampler:
         return np.tile(np.arange(n), (shape[0], 1)) if picked is None else picked
 
     def rows(
-        self, parts: Parts, axes: tuple[int, ...], masks: list[Array | None]
-    ) -> Array:
-        """Observations (rows, columns) of a value, padded positions left out."""
-        out = []
-        for k, (part, mask) in enumerate(zip(parts, masks, strict=True)):
-            a = numpy_of(part)
-            at = tuple(range(a.ndim - len(axes), a.ndim))
-            if axes != at:
-                a = np.moveaxis(a, axes, at)
-            lead = a.shape[1 : at[0]]
-            n = int(np.prod(lead))
-            a = a.reshape(len(a), n, -1)
-            picked = self.positions(k, len(a), n)
+        self, part: int, value: Any, axes: tuple[int, ...], mask: Array | None
+    ) -> tuple[Array, Array]:
+        """Observations (rows, columns) of one part of a value, padded positions left
+        out, and which sample of the part each is of."""
+        a = numpy_of(value)
+        at = tuple(range(a.ndim - len(axes), a.ndim))
+        if axes != at:
+            a = np.moveaxis(a, axes, at)
+        lead = a.shape[1 : at[0]]
+        n = int(np.prod(lead))
+        a = a.reshape(len(a), n, -1)
+        picked = self.positions(part, len(a), n)
+        if picked is not None:
+            a = np.take_along_axis(a, picked[..., None], 1)
+        samples = np.repeat(np.arange(len(a)), a.shape[1])
+        a = a.reshape(-1, a.shape[-1])
+        if mask is not None and mask.ndim - 1 <= len(lead):
+            m = mask.reshape(mask.shape + (1,) * (1 + len(lead) - mask.ndim))
+            m = np.broadcast_to(m, (len(m), *lead)).reshape(len(m), n)
             if picked is not None:
-                a = np.take_along_axis(a, picked[..., None], 1)
-            a = a.reshape(-1, a.shape[-1])
-            if mask is not None and mask.ndim - 1 <= len(lead):
-                m = mask.reshape(mask.shape + (1,) * (1 + len(lead) - mask.ndim))
-                m = np.broadcast_to(m, (len(m), *lead)).reshape(len(m), n)
-                if picked is not None:
-                    m = np.take_along_axis(m, picked, 1)
-                a = a[m.reshape(-1)]
-            out.append(a)
-        return np.concatenate(out)
+                m = np.take_along_axis(m, picked, 1)
+            a, samples = a[m.reshape(-1)], samples[m.reshape(-1)]
+        return a, samples
 
 
 def numpy_of(x: Any) -> Array:
@@ -177,47 +176,3 @@ def mask_of(x: Any) -> Array | None:
     """The mask that Keras attached to a tensor."""
     mask = private.get_keras_mask(x)
     return None if mask is None else keras.ops.convert_to_numpy(mask).astype(bool)
-
-
-class Pool:
-    """Rows of all calls of one layer: normalized values z, and what they should be.
-
-    Args:
-        layer: the layer.
-        start: its gamma and beta before the fit.
-    """
-
-    LIMIT = 2**17  # above, every other row is dropped
-
-    def __init__(self, layer: Any, start: tuple[Array, Array]):
-        self.layer, self.start = layer, start
-        self.groups: int | None = None
-        self.rows: list[tuple[Array, Array]] = []
-        self.stride, self.solved = 1, 0
-
-    def add(self, z: Array, y: Array) -> None:
-        """Adds the rows of one call."""
-        self.rows.append((z[:: self.stride], y[:: self.stride]))
-        if len(self) > self.LIMIT and len(self.rows) > 1:
-            self.stride *= 2
-            self.solved //= 2
-            self.rows = [(z[::2], y[::2]) for z, y in self.rows]
-
-    def __len__(self) -> int:
-        return sum(len(z) for z, _ in self.rows)
-
-    @property
-    def pending(self) -> bool:
-        """Whether there are rows that no solution has seen."""
-        return len(self) > self.solved
-
-    @property
-    def grown(self) -> bool:
-        """Whether it is worth solving: at every step of a long sequence it is not."""
-        return len(self) >= 1.25 * self.solved
-
-    def all(self) -> tuple[Array, Array]:
-        """All rows, which are then seen."""
-        self.solved = len(self)
-        z, y = (np.concatenate(r) for r in zip(*self.rows, strict=True))
-        return z, y

@@ -1,32 +1,86 @@
 """The least-squares problems behind a fit; NumPy float64, no Keras.
 
 Rows are observations (sampled positions of sampled inputs), columns are channels.
+Problems are built up from sums over rows, so that no rows have to be held.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 
 Array = np.ndarray
 
+# Strengths of the pull of a linear layer towards what it was, strongest first.
+PULLS = tuple(10.0**k for k in range(3, -5, -1))
+# A change that makes up for less of the error on rows held out is not made.
+WORTH = 1e-3
 
-def kept(prediction: Array, target: Array) -> float:
-    """Share of the target's variance that a prediction keeps, in [0, 1].
 
-    1 - sum (prediction - target)^2 / sum (target - column mean)^2 over all columns
-    together; rho squared of the columns when the prediction is their regression.
-    """
-    total = float(np.sum(np.var(target, 0, dtype="float64")) * len(target))
-    error = float(np.sum(np.square(prediction - target), dtype="float64"))
-    if total == 0:
-        return 1.0 if error == 0 else 0.0
-    return max(0.0, 1 - error / total)
+class Sums:
+    """Sums over rows of values z and of what they should become, y, column by column:
+    all that a scale and a shift are solved from, or judged by."""
+
+    def __init__(self, z: Array | None = None, y: Array | None = None):
+        self.n = 0
+        if z is not None and y is not None:
+            self.add(z, y)
+
+    def add(self, z: Array, y: Array) -> None:
+        """Adds rows, `(rows, columns)` each."""
+        if not len(z):
+            return
+        z, y = z.astype("float64"), y.astype("float64")
+        if not self.n:  # squares of what is far from zero would lose their digits
+            self.origin = z.mean(0), y.mean(0)
+            self.z = self.y = self.zz = self.zy = self.yy = np.zeros(z.shape[1])
+        z, y = z - self.origin[0], y - self.origin[1]
+        self.n += len(z)
+        self.z, self.y = self.z + z.sum(0), self.y + y.sum(0)
+        self.zz = self.zz + np.einsum("nc,nc->c", z, z)
+        self.zy = self.zy + np.einsum("nc,nc->c", z, y)
+        self.yy = self.yy + np.einsum("nc,nc->c", y, y)
+
+    def means(self) -> tuple[Array, Array]:
+        """Mean z and mean y."""
+        return self.origin[0] + self.z / self.n, self.origin[1] + self.y / self.n
+
+    def about(self, z: Array, y: Array) -> tuple[Array, Array, Array]:
+        """Mean squares and mean product of z and y about these points."""
+        dz, dy = z - self.origin[0], y - self.origin[1]
+        mz, my = self.z / self.n, self.y / self.n
+        return (
+            self.zz / self.n - 2 * dz * mz + dz**2,
+            self.zy / self.n - dz * my - dy * mz + dz * dy,
+            self.yy / self.n - 2 * dy * my + dy**2,
+        )
+
+    def error(self, gamma: Array, beta: Array) -> float:
+        """Mean over rows of |gamma z + beta - y|^2."""
+        z, y = self.means()
+        power, shared, wanted = self.about(z, y)
+        off = gamma * z + beta - y
+        return float(np.sum(gamma**2 * power - 2 * gamma * shared + wanted + off**2))
+
+    def kept(self, gamma: Array, beta: Array) -> float:
+        """Share of the variance of y that gamma z + beta keeps, in [0, 1].
+
+        1 - error / variance over all columns together; rho squared of the columns when
+        gamma and beta are their regression.
+        """
+        if not self.n:
+            return 0.0
+        total = float(np.sum(self.about(*self.means())[2]))
+        error = max(0.0, self.error(gamma, beta))
+        if total <= 0:
+            return 1.0 if error <= 0 else 0.0
+        return max(0.0, 1 - error / total)
 
 
 def affine(
-    z: Array,
-    y: Array,
+    sums: Sums,
     *,
     scale: bool = True,
     center: bool = True,
@@ -39,8 +93,7 @@ def affine(
     gamma = mean (y - beta) z / mean z^2.
 
     Args:
-        z: normalized values, shape (rows, columns).
-        y: what they should become, of the same shape.
+        sums: of normalized values z and of what they should become, y.
         scale: whether gamma may move.
         center: whether beta may move.
         tied: one gamma for all columns.
@@ -50,47 +103,112 @@ def affine(
     Returns:
         gamma and beta, shape (columns,) each.
     """
+    z, y = sums.means()
     gamma, beta = (
-        np.broadcast_to(np.asarray(d, "float64"), z.shape[1:]).copy() for d in default
+        np.broadcast_to(np.asarray(d, "float64"), z.shape).copy() for d in default
     )
-    z, y = z.astype("float64"), y.astype("float64")
-    z_mean, y_mean = (z.mean(0), y.mean(0)) if center else (np.zeros_like(beta), beta)
+    at = (z, y) if center else (np.zeros_like(z), beta)
     if scale:
-        power = np.mean((z - z_mean) ** 2, 0)
-        shared = np.mean((z - z_mean) * (y - y_mean), 0)
+        power, shared, _ = sums.about(*at)
         # Rounding leaves a constant column a variance, but not a meaning.
-        power[power <= 1e-12 * np.mean(z**2, 0) + 1e-30] = 0
+        size = sums.about(np.zeros_like(z), y)[0]
+        power = np.where(power <= 1e-12 * size + 1e-30, 0.0, power)
         if tied:
             power, shared = np.broadcast_arrays(power.sum(), shared.sum(), gamma)[:2]
         np.divide(shared, power, out=gamma, where=power > 0)
-    return gamma, y_mean - gamma * z_mean if center else beta
+    return gamma, at[1] - gamma * at[0] if center else beta
 
 
-def ridge(
-    x: Array, residual: Array, pull: float, intercept: bool
-) -> tuple[Array, Array]:
-    """The change of a linear map that explains a residual, kept small.
+class Normal:
+    """The normal equations of a change of linear maps that explains a residual.
 
-    Minimizes |x D + d - residual|^2 + pull * tr(x'x) / columns * |D|^2.
+    Each of `groups` maps has its own inputs and outputs. Rows held out are kept as they
+    are: what is solved on the others is judged by them.
 
     Args:
-        x: inputs of the map, shape (rows, inputs).
-        residual: what is missing at its outputs, shape (rows, outputs).
-        pull: strength of the pull towards no change, relative to the mean power of
-            an input.
-        intercept: whether d is free or zero.
-
-    Returns:
-        D, shape (inputs, outputs), and d, shape (outputs,).
+        intercept: whether the change has a shift as well.
     """
-    x, residual = x.astype("float32"), residual.astype("float32")
-    x_mean = x.mean(0) if intercept else np.zeros(x.shape[1], "float32")
-    r_mean = residual.mean(0) if intercept else np.zeros(residual.shape[1], "float32")
-    x, residual = x - x_mean, residual - r_mean
-    # The products are the cost, and single precision is plenty beside the pull;
-    # the solution of the small system is not.
-    gram = (x.T @ x).astype("float64")
-    power = np.trace(gram) / len(gram)
-    gram[np.diag_indices_from(gram)] += (pull + 1e-9) * power + 1e-30
-    change = np.linalg.solve(gram, (x.T @ residual).astype("float64"))
-    return change, r_mean - x_mean @ change
+
+    def __init__(self, intercept: bool):
+        self.intercept = intercept
+        self.n, self.held = 0, []
+
+    def add(self, x: Array, residual: Array) -> None:
+        """Adds rows: inputs `(rows, groups, inputs)` and what is missing at the
+        outputs, `(rows, groups, outputs)`."""
+        if not len(x):
+            return
+        # The products are the cost, and single precision is plenty beside the pull;
+        # the solution of the small system is not.
+        x = np.ascontiguousarray(x.astype("float32").swapaxes(0, 1))
+        r = np.ascontiguousarray(residual.astype("float32").swapaxes(0, 1))
+        if not self.n:
+            means = x.mean(1, keepdims=True), r.mean(1, keepdims=True)
+            zeros = map(np.zeros_like, means)
+            self.origin = means if self.intercept else tuple(zeros)
+            self.x = self.r = self.xx = self.xr = np.float64(0)
+        x, r = x - self.origin[0], r - self.origin[1]
+        turned = x.swapaxes(1, 2)
+        self.n += x.shape[1]
+        self.x = self.x + x.sum(1, dtype="float64")
+        self.r = self.r + r.sum(1, dtype="float64")
+        self.xx = self.xx + (turned @ x)
+        self.xr = self.xr + (turned @ r)
+
+    def keep(self, x: Array, residual: Array) -> None:
+        """Holds rows out."""
+        if len(x):
+            self.held.append((x.astype("float32"), residual.astype("float32")))
+
+    def solve(self, pull: float) -> tuple[Array, Array]:
+        """D, `(groups, inputs, outputs)`, and d, `(groups, outputs)`, that minimize
+        |x D + d - residual|^2 + pull * tr(x'x) / inputs * |D|^2."""
+        gram, product = (np.array(v, "float64") for v in (self.xx, self.xr))
+        x, r = (o[:, 0].astype("float64") for o in self.origin)
+        if self.intercept:
+            mx, mr = self.x / self.n, self.r / self.n
+            gram -= self.n * mx[:, :, None] * mx[:, None, :]
+            product -= self.n * mx[:, :, None] * mr[:, None, :]
+            x, r = x + mx, r + mr
+        at = np.arange(gram.shape[-1])
+        power = gram[:, at, at].mean(1)
+        gram[:, at, at] += ((pull + 1e-9) * power + 1e-30)[:, None]
+        change = np.linalg.solve(gram, product)
+        if not self.intercept:
+            return change, np.zeros_like(change[:, 0])
+        return change, r - np.einsum("gi,gio->go", x, change)
+
+    def error(self, change: Array, shift: Array, weights: Array) -> float:
+        """Weighted sum of squares that a change leaves on the rows held out."""
+        total = 0.0
+        change, shift = change.astype("float32"), shift.astype("float32")
+        for x, r in self.held:
+            left = r.swapaxes(0, 1) - x.swapaxes(0, 1) @ change - shift[:, None]
+            total += float(np.sum(np.square(left).sum(1, dtype="float64") * weights))
+        return total
+
+    def best(
+        self, pulls: Sequence[float] = PULLS, weights: Array | float = 1.0
+    ) -> tuple[Array, Array] | None:
+        """The change that leaves the least on the rows held out, None where that is
+        none: the pull is weakened as long as it pays. With nothing held out, what a
+        weak pull gives."""
+        if not self.n:
+            return None
+        if not self.held:
+            return self.solve(1e-1)
+        found, least, worse = None, np.inf, 0
+        none = [np.zeros_like(v) for v in (self.xr, self.r)]
+        start = self.error(*none, weights)
+        for pull in pulls:
+            solution = self.solve(pull)
+            error = self.error(*solution, weights)
+            if not np.isfinite(error):
+                break
+            if error < least:
+                found, least, worse = solution, error, 0
+            else:
+                worse += 1
+                if worse == 2:
+                    break
+        return found if least < (1 - WORTH) * start else None

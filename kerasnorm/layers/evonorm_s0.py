@@ -95,7 +95,7 @@ def adopt(source, site, options):
     if channels is None:
         return Refusal(Reason.NO_GRAPH, "the number of channels is not known")
     groups = options.arguments.get("groups")
-    groups = default_groups(channels) if groups in (None, "auto") else groups
+    groups = default_groups(channels) if groups is None else groups
     size = 1 if groups == -1 else channels // groups
     if groups != -1 and channels % groups:
         return Refusal(

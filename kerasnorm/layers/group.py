@@ -151,7 +151,7 @@ def adopt(source, site, options):
     if channels is None:
         return Refusal(Reason.NO_GRAPH, "the number of channels is not known")
     groups = options.arguments.get("groups")
-    if groups in (None, "auto"):
+    if groups is None:
         if source.method == "group":
             return adoption.already("group normalization")
         groups = default_groups(channels)

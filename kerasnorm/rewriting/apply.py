@@ -17,7 +17,7 @@ from kerasnorm.kernels.reparametrized import Reparametrized
 from kerasnorm.method.registry import Edit, Method, get, read
 from kerasnorm.recurrent import RNN
 from kerasnorm.rewriting.cells import carry_cells
-from kerasnorm.rewriting.plan import Plan, plan
+from kerasnorm.rewriting.plan import Plan, known_arguments, plan
 from kerasnorm.rewriting.report import Report
 from kerasnorm.rewriting.verify import verify
 from kerasnorm.runtime.models import is_path, opened
@@ -39,7 +39,7 @@ def rewrite(
     data: Any = None,
     fit: Literal["affine", "refit", "distill"] | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | Literal["auto"] | None = None,
+    groups: int | Literal["auto", "paper"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
@@ -62,7 +62,7 @@ def rewrite(
     data: Any = None,
     fit: Literal["affine", "refit", "distill"] | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | Literal["auto"] | None = None,
+    groups: int | Literal["auto", "paper"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
@@ -85,7 +85,7 @@ def rewrite(
     data: Any = None,
     fit: Literal["affine", "refit", "distill"] | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | Literal["auto"] | None = None,
+    groups: int | Literal["auto", "paper"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
@@ -164,7 +164,11 @@ def rewrite(
             fix="print(kerasnorm.plan(...)) shows the details; without strict=True"
             " the others are swapped",
         )
-    if fit is None and data is not None and (method.groups or not method.exact):
+    if (
+        fit is None
+        and data is not None
+        and ("auto" in (method.groups, method.epsilon) or not method.exact)
+    ):
         fit = "affine"
     if data is not None:
         data = _read(model, data, fit, fit_options)
@@ -342,7 +346,12 @@ def _fit(
         pairs,
         data,
         method,
-        groups=plan.groups,
+        choose=[
+            name
+            for name in ("groups", "epsilon")
+            if name in known_arguments(get(plan.method))
+            and getattr(plan, name) in (None, "auto")
+        ],
         verbose=verbose,
         **(options or {}),
     )
@@ -370,13 +379,14 @@ def _check(
     for name in (method, wanted["weights"]):
         if name is not None and not isinstance(name, Plan):
             get(name)
-    groups = method.groups if isinstance(method, Plan) else wanted["groups"]
-    if isinstance(groups, str) and data is None:
-        raise KerasNormError(
-            "a fit chooses the number of groups, and needs data",
-            got=f"groups={groups!r}, data=None",
-            fix="Pass some of the model's inputs, unlabelled, as `data`.",
-        )
+    for name in ("groups", "epsilon"):
+        given = getattr(method, name) if isinstance(method, Plan) else wanted.get(name)
+        if given == "auto" and data is None:
+            raise KerasNormError(
+                f"a fit chooses {name}, and needs data",
+                got=f"{name}={given!r}, data=None",
+                fix="Pass some of the model's inputs, unlabelled, as `data`.",
+            )
     if options is not None:
         from kerasnorm.fitting.fit import check_options
 

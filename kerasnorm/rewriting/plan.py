@@ -88,7 +88,8 @@ class Plan:
         model: name of the model planned for.
         steps: the swaps, in order of computation.
         refused: the normalization layers that stay, each with its reason.
-        groups: `"auto"` where the fit chooses the number of groups.
+        groups, epsilon: as they were given; where they are None a fit chooses them, and
+            where they are `"auto"` there has to be one.
         weights: name of the weight method around kernels, beside `method`.
 
     `print(plan)` gives a table; `to_json` and `from_json` are inverse to each other.
@@ -98,7 +99,8 @@ class Plan:
     model: str
     steps: tuple[Step, ...] = ()
     refused: tuple[Refused, ...] = ()
-    groups: str | None = field(default=None)
+    groups: int | str | None = field(default=None)
+    epsilon: float | str | None = field(default=None)
     weights: str | None = None
 
     @property
@@ -179,7 +181,7 @@ def plan(
     *,
     weights: str | Method | None = None,
     where: str | Callable[[Site], bool] | None = None,
-    groups: int | Literal["auto"] | None = None,
+    groups: int | Literal["auto", "paper"] | None = None,
     cells: bool | Mapping[str, Any] = False,
     layers: Literal["auto", "keras", "kerasnorm"] = "auto",
     force: bool = False,
@@ -197,15 +199,19 @@ def plan(
             outputs.
         where: a glob on the path of the layers to swap (`"block*/bn*"`; `*` crosses
             `/`), or a callable that takes a `Site`; all normalization layers when None.
-        groups: number of groups for methods that have them; `"auto"` lets the fit
-            choose it by the share of variance kept.
+        groups: number of groups for methods that have them, -1 for one per channel.
+            `"paper"`: 32, or as many as leave 16 channels to a group. `"auto"`: what
+            keeps most variance on the data of the fit, which is the default where
+            there is one; else the default is `"paper"`.
         cells: also put the method inside the cells of LSTM, GRU and SimpleRNN layers;
             a dict gives further arguments of the cells, such as `cell_state`.
         layers: `"auto"` takes Keras's own layers where they compute the method
             correctly, `"keras"` only these, `"kerasnorm"` never.
         force: swap also where the statistics would be degenerate.
         **arguments: further arguments of the target layer, such as `epsilon`; of the
-            weight method's where there is no other.
+            weight method's where there is no other. `epsilon="auto"`, the default where
+            there is a fit, lets it add up to the mean variance: see `choose` of
+            `kerasnorm.fitting.fit.fit`.
 
     Returns:
         A `Plan`: every matched normalization layer (with `weights`, layer with kernels)
@@ -241,7 +247,8 @@ def plan(
         getattr(site_map.model, "name", ""),
         tuple(builder.steps),
         tuple(builder.refused),
-        "auto" if groups == "auto" else None,
+        groups,
+        arguments.get("epsilon"),
         around.name if around is not None and target is not None else None,
     )
 
@@ -377,18 +384,18 @@ def _options(
     force: bool,
     arguments: Mapping[str, Any],
 ) -> Options:
-    known = _known_arguments(target)
+    known = known_arguments(target)
     arguments = dict(arguments)
     if groups is not None:
         if isinstance(groups, numbers.Integral) and not isinstance(groups, bool):
             groups = int(groups)
-        if groups != "auto" and not (
+        if groups not in ("auto", "paper") and not (
             type(groups) is int and (groups > 0 or groups == -1)
         ):
             raise KerasNormError(
                 "this is no number of groups",
                 got=repr(groups),
-                expected="a positive integer, -1 for one per channel, or 'auto'",
+                expected="a positive integer, -1 for one per channel, 'auto', 'paper'",
             )
         if "groups" not in known:
             raise KerasNormError(
@@ -396,7 +403,7 @@ def _options(
                 got=f"groups={groups!r}",
                 fix="Leave `groups` away, or choose 'group'.",
             )
-        if groups != "auto":
+        if groups not in ("auto", "paper"):
             arguments["groups"] = groups
     for name in arguments:
         if name not in known:
@@ -408,16 +415,18 @@ def _options(
                 fix=f"Did you mean {near[0]!r}?" if near else None,
             )
     epsilon = arguments.get("epsilon", 0)
-    if not (isinstance(epsilon, numbers.Real) and 0 <= float(epsilon) < math.inf):
+    if epsilon == "auto" and "epsilon" in known:
+        del arguments["epsilon"]
+    elif not (isinstance(epsilon, numbers.Real) and 0 <= float(epsilon) < math.inf):
         raise KerasNormError(
             "this is no epsilon",
             got=f"epsilon={epsilon!r}",
-            expected="a finite number of at least 0",
+            expected="a finite number of at least 0, or 'auto'",
         )
     return Options(layers, force, arguments)
 
 
-def _known_arguments(target: Method) -> set[str]:
+def known_arguments(target: Method) -> set[str]:
     """Arguments of the target's layer that a user may set for all sites."""
     if target.layer is None:
         return set()

@@ -49,7 +49,11 @@ class Report(Result):
             return str(step.fidelity)
         if site.note:
             return f"{step.fidelity}; {site.note}"
-        chosen = f" with groups={site.groups}" if site.groups else ""
+        chosen = [
+            f"groups={site.groups}" if site.groups else "",
+            f"epsilon={site.epsilon:.3g}" if site.epsilon is not None else "",
+        ]
+        chosen = " with " + ", ".join(filter(None, chosen)) if any(chosen) else ""
         return f"{Fidelity.FITTED}, {site.after:.3f} of variance kept{chosen}"
 
     def summary(self) -> str:
@@ -75,6 +79,14 @@ class Report(Result):
                     else ""
                 )
             )
+            lines += map(str, self.fit.agreement)
+            shares = [s.normalizes for s in self.fit.sites if s.normalizes is not None]
+            if shares:
+                lines.append(
+                    f"epsilon was raised in {len(shares)} layers, where a sample's own"
+                    f" variance is now {100 * min(shares):.0f} to"
+                    f" {100 * max(shares):.0f} % of what it is divided by"
+                )
             lines += self.fit.notes
         if self.parameters is not None:
             lines.append("parameters {:,} -> {:,}".format(*self.parameters))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import common
@@ -86,17 +85,6 @@ TARGETS = {
 LIMITS = {"affine": 8, "refit": 20}  # forward passes
 
 
-def forward_seconds(model, x, repeats=3):
-    """Best wall time of `predict` over the images, after a first call."""
-    model.predict(x, batch_size=128, verbose=0)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        model.predict(x, batch_size=128, verbose=0)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def of_both(model):
     """The model's mean answer to an image and its mirror image."""
     answers = [
@@ -120,7 +108,7 @@ def run(network="unmirrored", swaps=tuple(SWAPS), fits=tuple(FITS)):
             if method is None and arguments.get("groups") == "auto":
                 continue  # it is the fit that chooses
             data = x[:images] if images else None
-            once = forward_seconds(model, data) if images else 0.0
+            once = common.forward_seconds(model, data) if images else 0.0
             seconds = 0.0
             for _ in range(3 if fit in LIMITS else 1):
                 new, report = kerasnorm.rewrite(

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from kerasnorm.common.arrays import Taken, as_array
+from kerasnorm.common.arrays import Taken, as_array, print_of
 from kerasnorm.common.errors import KerasNormError
 from rewriters import private
 from rewriters.program import fixed_batch
@@ -60,7 +60,11 @@ class Inputs:
     def without(self, rows: np.ndarray) -> Inputs:
         """The samples but for some."""
         rest = np.setdiff1d(np.arange(len(self)), rows)
-        return replace(self, arrays=self.taken(rest).arrays)
+        stream = self.stream
+        if stream is not None and len(rows):
+            stream = Stream(stream.model, stream.data, stream.first)
+            stream.left_out = {print_of(v) for v in self.arrays[0][rows]}
+        return replace(self, arrays=self.taken(rest).arrays, stream=stream)
 
 
 def collect(
@@ -139,6 +143,7 @@ class Stream:
 
     def __init__(self, model: Any, data: Any, first: int):
         self.model, self.data, self.first = model, data, first
+        self.left_out: set[bytes] = set()  # prints of first inputs, see `print_of`
 
     def __iter__(self) -> Iterator[Arrays]:
         """The batches of one reading, checked as those of `collect`."""
@@ -146,6 +151,9 @@ class Stream:
             flat, _ = _flat(self.model, _inputs_of_batch(batch))
             _check_shapes(self.model, flat)
             _check_values(self.model, flat)
+            if self.left_out:
+                kept = [print_of(v) not in self.left_out for v in flat[0]]
+                flat = [a[np.asarray(kept)] for a in flat]
             yield flat
 
     def __len__(self) -> int:
@@ -184,13 +192,6 @@ class Stream:
                     got="nothing at the second reading",
                     fix="Give a tf.data.Dataset, a PyDataset, or fewer samples.",
                 )
-
-
-def split(arrays: Arrays, batch_size: int) -> list[Arrays]:
-    """Cuts arrays along the batch into nearly equal parts of at most `batch_size`."""
-    n = -(-len(arrays[0]) // batch_size)
-    cut = (np.array_split(a, n) for a in arrays)
-    return [list(part) for part in zip(*cut, strict=True)]
 
 
 def _spread(arrays: Arrays, samples: int | None) -> Arrays:

@@ -150,7 +150,7 @@ def distill(
     *,
     epochs: int = 3,
     batch_size: int = 32,
-    learning_rate: float = 7e-3,
+    learning_rate: float = 2e-3,
     augment: Callable[..., Any] | None = None,
     views: Sequence[Callable[..., Any]] = (),
     seed: int = 0,

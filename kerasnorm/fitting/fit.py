@@ -86,7 +86,7 @@ def fit(
     batch_size: int = 32,
     memory: float = 2e9,
     epochs: int = 3,
-    learning_rate: float = 7e-3,
+    learning_rate: float = 2e-3,
     augment: Callable[..., Any] | None = None,
     views: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
     seed: int = 0,
@@ -106,11 +106,11 @@ def fit(
             original's outputs and on those of its swapped layers, unless that takes
             it further away.
         choose: what is chosen of each new layer that has it, by the share of variance
-            kept. `"groups"`: the number of groups. `"epsilon"`: 1/2 of the mean
-            variance or all of it is added to epsilon where the layer divides by
-            `sqrt(variance + epsilon)`. That draws each sample's variance towards the
-            mean one, as a shrinkage estimate does, and the layer normalizes less for
-            it; see `SiteFit.normalizes`.
+            kept. `"groups"`: the number of groups. `"epsilon"`: half of the mean
+            variance, all of it or twice as much is added to epsilon where the layer
+            divides by `sqrt(variance + epsilon)`. That draws each sample's variance
+            towards the mean one, as a shrinkage estimate does, and the layer normalizes
+            less for it; see `SiteFit.normalizes`.
         samples: samples for the closed-form part, spread evenly over the data; by
             default at most 1024 for `"affine"`, 2048 otherwise.
         batch_size: samples of one training step of `"distill"`; where the model takes

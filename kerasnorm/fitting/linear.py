@@ -23,6 +23,8 @@ from rewriters.transfer import own_variables
 
 # Beyond this many inputs of one output the normal equations cost more than they buy.
 MAX_COLUMNS = 6144
+# Multiplications for the products of the rows, where more rows are but better.
+PRODUCTS = 2e10
 
 
 class Linear:
@@ -95,6 +97,7 @@ class Linear:
         held: Sequence[Array],
         samples: int,
         seed: int,
+        memory: float,
     ) -> tuple[solve.Normal, Array]:
         """What a change of the kernel is solved from, and what errors of each output
         count: in units of its power, but for outputs that are nearly zero.
@@ -106,9 +109,9 @@ class Linear:
             held: by part, which samples are held out.
             samples: how many there are in all.
             seed: of the positions that are used.
+            memory: bytes, of which a share may be used.
         """
-        limit = min(2**15, max(2**12, 8 * self.columns))
-        sampler = Sampler(limit, samples, seed)
+        sampler = Sampler(self._limit(memory), samples, seed)
         normal, sizes = solve.Normal(self.layer.use_bias), np.float64(0)
         for k in range(len(x)):
             wanted = self.channels_last(old_y[k])
@@ -133,6 +136,15 @@ class Linear:
             sizes = sizes + np.square(targets).sum(0, dtype="float64")
         weights = 1 / (sizes + 1e-3 * np.mean(sizes) + 1e-30)
         return normal, np.reshape(weights, (self.groups, -1))
+
+    def _limit(self, memory: float) -> int:
+        """How many rows to solve on: several times as many as there are unknowns of one
+        output, and more as long as the products are cheap. A fifth of them is held out,
+        and held."""
+        least = min(2**15, 8 * self.columns)
+        cheap = int(PRODUCTS / (self.groups * self.columns**2))
+        room = int(memory / 8 / (self.groups * self.columns * 4 / 5))
+        return max(256, min(room, max(least, min(cheap, 2**16))))
 
     def residual(self, x: Array, y: Array) -> Array:
         """What the outputs for rows of inputs lack of y: `(rows, groups, outputs)`."""

@@ -12,10 +12,10 @@ from kerasnorm.fitting import solve
 from kerasnorm.fitting.observations import Array, Parameters
 
 
-# Shares of the mean variance that "auto" tries as epsilon. With the last each sample is
-# divided by a deviation half of which, in squares, is its own: a layer that would do so
-# with less normalizes too little to be called by its name.
-SHARES = (0.5, 1.0)
+# Shares of the mean variance that "auto" tries as epsilon. With the last a third of
+# what a sample is divided by, in squares, is its own variance: a layer of which less
+# were would normalize too little to be called by its name.
+SHARES = (0.5, 1.0, 2.0)
 # A number of groups is the last tried after so many that were no better.
 PATIENCE = 2
 # A layer that keeps so much is left as it is.
@@ -264,6 +264,8 @@ def _epsilons(
     variance = np.maximum(variance, 0)
     mean = float(np.nanmean(variance))
     variance = np.where(np.isnan(variance), mean, variance)
+    if np.mean(np.std(variance, 0)) < 1e-2 * mean:
+        return  # it is that of all samples, and known by heart
     for share in SHARES:
         value = float(np.float32(own + share * mean))
         factor = np.sqrt((variance + own) / (variance + value))

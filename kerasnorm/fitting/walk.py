@@ -482,7 +482,15 @@ class Walk:
         held = [self._held(k, len(y)) for k, y in enumerate(old_y)]
         with np.errstate(over="ignore", invalid="ignore"):
             normal, weights = problem.equations(
-                old, x, old_x, old_y, missing, held, self.samples, self.seed
+                old,
+                x,
+                old_x,
+                old_y,
+                missing,
+                held,
+                self.samples,
+                self.seed,
+                self.memory,
             )
             if not normal.n:
                 return False

@@ -184,6 +184,7 @@ def rewrite(
     if fit is not None and method.steps:
         fitted = _fit(model, edited, method, site_map, data, fit, fit_options, verbose)
         edited.renew_averages()
+        _warn_of(fitted, fit)
     report = Report(
         plan=method,
         fit=fitted,
@@ -355,6 +356,25 @@ def _fit(
         verbose=verbose,
         **(options or {}),
     )
+
+
+# Below this agreement with the original a user is warned.
+LOW = 0.9
+
+
+def _warn_of(fitted: Any, fit: str) -> None:
+    """Warns where answers are no longer the original's, and says what to try."""
+    low = [a for a in fitted.agreement if a.rate is not None and a.rate < LOW]
+    if low:
+        nearer = {
+            "affine": 'fit="refit", which solves the other layers as well',
+            "refit": 'fit="distill", which trains on the original\'s outputs',
+        }.get(fit, 'more epochs (fit_options={"epochs": 10})')
+        told = "; ".join(map(str, low))
+        warnings.warn(
+            f"The new model {told}. Try {nearer}, more data, or another method.",
+            stacklevel=4,
+        )
 
 
 def _check(

@@ -2,6 +2,10 @@
 
     python tests/benchmarks/fidelity.py [--network deep] [--swaps GN LN]
         [--fits affine refit] [--markdown PATH]
+    python tests/benchmarks/fidelity.py --strangers [NETWORK ...] [--swaps LN RMS]
+        [--fits affine refit distill]
+
+With `--strangers` the networks are other people's: see `strangers.py`.
 
 A CIFAR-10 ResNet is trained once and cached: one of 8 layers on images that are
 standardized one by one (unmirrored, or contrast, which saw mirror images as well) or
@@ -22,6 +26,7 @@ from pathlib import Path
 
 import common
 import keras
+import strangers
 
 import kerasnorm
 
@@ -166,12 +171,28 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", default="unmirrored", choices=NETWORKS)
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
-    parser.add_argument("--swaps", nargs="+", default=list(SWAPS), choices=SWAPS)
-    parser.add_argument("--fits", nargs="+", default=list(FITS), choices=FITS)
+    parser.add_argument(
+        "--strangers",
+        nargs="*",
+        choices=strangers.NETWORKS,
+        help="networks that nobody here made, all by default",
+    )
+    parser.add_argument("--swaps", nargs="+", choices=[*SWAPS, *strangers.SWAPS])
+    parser.add_argument("--fits", nargs="+", choices=FITS)
     options = parser.parse_args()
-    result = run(options.network, options.swaps, options.fits)
-    text = table(*result)
+    if options.strangers is not None:
+        rows = strangers.run(
+            options.strangers or tuple(strangers.NETWORKS),
+            options.swaps or tuple(strangers.SWAPS),
+            options.fits or ("affine", "refit", "distill"),
+        )
+        text, missed = strangers.table(rows), strangers.verdicts(rows)
+    else:
+        *original, rows = run(
+            options.network, options.swaps or tuple(SWAPS), options.fits or tuple(FITS)
+        )
+        text, missed = table(*original, rows), verdicts(rows)
     print(text)
-    print("\n".join(verdicts(result[-1])) or "All targets reached.")
+    print("\n".join(missed) or "All targets reached.")
     if options.markdown:
         options.markdown.write_text(text + "\n", encoding="utf-8")

@@ -19,6 +19,8 @@ def as_array(values: Any) -> np.ndarray:
         KerasNormError: the lists are uneven within.
     """
     try:
+        if type(values) is np.ndarray:
+            return values  # Keras would copy it
         if hasattr(values, "shape"):
             return keras.ops.convert_to_numpy(values)
         return np.asarray(values)

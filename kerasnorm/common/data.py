@@ -44,6 +44,11 @@ class Inputs:
         """Flat values as the model's call takes them."""
         return tree.map_structure(lambda k: flat[k], self.structure)
 
+    def flat(self, packed: Any) -> list[Any]:
+        """What `pack` packed."""
+        leaves = zip(tree.flatten(self.structure), tree.flatten(packed), strict=True)
+        return [v for _, v in sorted(leaves, key=lambda pair: pair[0])]
+
     def __len__(self) -> int:
         return len(self.arrays[0])
 
@@ -433,15 +438,16 @@ def _check_numbers(name: str, a: np.ndarray) -> None:
         if a.dtype.kind in "OSU":
             raise TypeError
         # Also reads bfloat16, whose kind is that of no number.
-        finite = np.isfinite(a if a.dtype.kind in "fc" else a.astype("float32"))
+        known = a.dtype.kind in "fc"
+        finite = [np.isfinite(v if known else v.astype("float32")).all() for v in a]
+        bad = np.flatnonzero(~np.array(finite, bool))
     except (TypeError, ValueError):
         raise KerasNormError(
             f"the data for {name!r} holds no numbers",
             got=f"dtype {a.dtype}",
             expected="an array of integers or floating point numbers",
         ) from None
-    if not finite.all():
-        bad = np.unique(np.nonzero(~finite)[0])
+    if len(bad):
         raise KerasNormError(
             f"the data for {name!r} has NaN or infinite values",
             got=f"{len(bad)} of {len(a)} samples, the first at index {bad[0]}",

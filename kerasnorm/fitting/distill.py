@@ -172,7 +172,7 @@ def distill(
     to train from within than from its end alone) and for nothing at the end. Inputs
     that are a stream are shuffled in blocks of `memory` bytes.
     """
-    judge = judge or Judge(teacher, inputs.spread(LOOK), views)
+    judge = judge or Judge(teacher, inputs.spread(LOOK), views, memory)
     failures: list[KerasNormError] = []
     if inputs.stream is None:
         batches: Any = _Batches(inputs, batch_size, seed)

@@ -10,7 +10,7 @@ import numpy as np
 from keras import tree
 
 from kerasnorm.fitting.observations import Array, Parts
-from rewriters.program import Instruction, Value, fill
+from rewriters.program import Instruction, Program, Value, fill
 
 
 class Opaque:
@@ -67,6 +67,25 @@ def size_of(x: Any) -> int:
     size = {"bool": 1, "string": 16}.get(dtype)  # as TensorFlow holds short ones
     size = size or int("".join(c for c in dtype if c.isdigit())) // 8
     return int(np.prod([d or 1 for d in x.shape])) * size
+
+
+def largest(program: Any) -> int:
+    """Bytes of one sample of the largest value, as far as shapes are known."""
+    values = [*program.inputs, *(v for i in program.instructions for v in i.outputs)]
+    return 4 * max(int(np.prod([d or 1 for d in v.shape[1:]])) for v in values)
+
+
+def run(model: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Flat outputs of a model with a graph, as at inference, of a tensor for each of
+    its inputs. Its own call would hold all values until it ends; here they are
+    forgotten on the way."""
+    program = Program(model)
+    side = Side(program, [[x] for x in inputs])
+    while side.at < len(program.instructions):
+        i = program.instructions[side.at]
+        side.finish(i, [[v] for v in side.call(i, 0)])
+        side.free(lambda v: v in program.outputs)
+    return [side.env[v][0] for v in program.outputs]
 
 
 def twins(teacher: Any, student: Any) -> dict[Instruction, Instruction]:

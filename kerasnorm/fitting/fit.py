@@ -164,7 +164,7 @@ def fit(
     judge = None
     if len(held):
         seen = held[reading.spaced(len(held), SAMPLES[method] // HELD)]
-        judge = Judge(teacher, inputs.taken(seen), views)
+        judge = Judge(teacher, inputs.taken(seen), views, memory / 8)
     history, notes = {}, []
 
     def walk(method: str, samples: int, tick: Callable[[float], None]) -> Walk:

@@ -13,13 +13,15 @@ from keras import ops, tree
 
 from kerasnorm.common import data as reading
 from kerasnorm.common.arrays import fed
-from rewriters.program import fixed_batch, maker_of
+from kerasnorm.fitting.execution import largest, run
+from rewriters.program import Program, fixed_batch, is_graph, maker_of
 
 
 # Softened probabilities tell more about the wrong classes than hard ones.
 TEMPERATURE = 2.0
-# Samples that run at once.
-BATCH = 32
+# Samples that run at once, at most, and how many times the memory of its inputs one
+# takes where it is not known.
+BATCH, WIDER = 64, 40
 # Half the width of an interval that holds 95 % of a normal distribution.
 WIDTH = 1.96
 
@@ -70,6 +72,7 @@ class Judge:
         inputs: samples held out.
         views: see `kerasnorm.fitting.fit.fit`. What is near is then near to the
             original's mean answer.
+        memory: bytes that running a model may take.
     """
 
     def __init__(
@@ -77,8 +80,14 @@ class Judge:
         teacher: Any,
         inputs: reading.Inputs,
         views: Sequence[Callable[..., Any]] = (),
+        memory: float = 1e8,
     ):
-        self.inputs, self.batch = inputs, fixed_batch(teacher) or BATCH
+        self.inputs = inputs
+        needs = WIDER * sum(a[:1].nbytes for a in inputs.arrays)
+        if is_graph(teacher):
+            needs = 6 * largest(Program(teacher))
+        fits = max(1, min(BATCH, int(memory / max(1, needs))))
+        self.batch = fixed_batch(teacher) or fits
         self.wanted = self._outputs(teacher)
         seen = [self.wanted, *(self._outputs(teacher, view) for view in views)]
         self.targets = [sum(y) / len(seen) for y in zip(*seen, strict=True)]
@@ -104,12 +113,18 @@ class Judge:
         n = len(self.inputs)
         if fixed_batch(model) is not None:
             n = n // self.batch * self.batch
+        dtypes = [t.dtype for t in getattr(model, "inputs", None) or ()]
+        dtypes = dtypes or [None] * len(self.inputs.arrays)
         parts = []
         for start in range(0, n, self.batch):
             rows = slice(start, min(start + self.batch, n))
-            x = [fed(a[rows]) for a in self.inputs.arrays]
-            x = self.inputs.pack(tree.map_structure(ops.convert_to_tensor, x))
-            parts.append(tree.flatten(model(view(x), training=False)))
+            given = zip(self.inputs.arrays, dtypes, strict=True)
+            x = [ops.convert_to_tensor(fed(a[rows]), dtype) for a, dtype in given]
+            seen = view(self.inputs.pack(x))
+            if is_graph(model):
+                parts.append(run(model, self.inputs.flat(seen)))
+            else:
+                parts.append(tree.flatten(model(seen, training=False)))
         flat = zip(*parts, strict=True)
         return [np.concatenate([ops.convert_to_numpy(v) for v in p]) for p in flat]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from kerasnorm.fitting.execution import Side, size_of
 from rewriters.program import Instruction, Value
@@ -11,7 +11,7 @@ from rewriters.program import Instruction, Value
 
 # Share of the memory that live values may take; the rest is for what is computed on the
 # way, and for the least-squares problems.
-LIVE = 0.4
+LIVE = 0.7
 
 
 class Room:
@@ -47,12 +47,14 @@ class Room:
     ):
         sizes = [_sizes(p, inputs) for p in programs]
         samples = len(inputs[0])
-        teacher, student = (
-            Side(p, [size[v] for v in p.inputs])  # sizes in the place of values
+        sides: Any = (
+            Side(p, cast(Any, [size[v] for v in p.inputs]))  # in the place of values
             for p, size in zip(programs, sizes, strict=True)
         )
 
-        def step(side: Side, size: dict[Value, int]) -> int:
+        teacher, student = sides
+
+        def step(side: Any, size: dict[Value, int]) -> int:
             i = side.program.instructions[side.at]
             side.finish(i, [size[v] for v in i.outputs])
             return sum(size[v] for v in i.outputs)

@@ -12,9 +12,9 @@ from kerasnorm.fitting import solve
 from kerasnorm.fitting.observations import Array, Parameters
 
 
-# Shares of the mean variance that "auto" tries as epsilon. With the last a third of
-# what a sample is divided by, in squares, is its own variance: a layer of which less
-# were would normalize too little to be called by its name.
+# Shares of the mean variance that "auto" tries as epsilon. Where variances are alike, a
+# third of what a sample is divided by, in squares, is its own with the last: a layer of
+# which less were would normalize too little to be called by its name.
 SHARES = (0.5, 1.0, 2.0)
 # A number of groups is the last tried after so many that were no better.
 PATIENCE = 2
@@ -236,7 +236,7 @@ def _epsilons(
     The variance is told by what another epsilon does to the outputs: they are of the
     form d / sqrt(variance + epsilon), which is checked with what is chosen.
     """
-    own = getattr(layer, "epsilon", None)
+    own: Any = getattr(layer, "epsilon", None)
     if type(own) not in (int, float):
         return
     used = np.abs(z) > 1e-3 * np.sqrt(np.mean(np.square(z)) + 1e-30)

@@ -146,7 +146,7 @@ class Normal:
             means = x.mean(1, keepdims=True), r.mean(1, keepdims=True)
             zeros = map(np.zeros_like, means)
             self.origin = means if self.intercept else tuple(zeros)
-            self.x = self.r = self.xx = self.xr = np.float64(0)
+            self.x = self.r = self.xx = self.xr = np.zeros(())
         x, r = x - self.origin[0], r - self.origin[1]
         turned = x.swapaxes(1, 2)
         self.n += x.shape[1]
@@ -198,8 +198,8 @@ class Normal:
         if not self.held:
             return self.solve(1e-1)
         found, least, worse = None, np.inf, 0
-        none = [np.zeros_like(v) for v in (self.xr, self.r)]
-        start = self.error(*none, weights)
+        weights = np.asarray(weights)
+        start = self.error(np.zeros_like(self.xr), np.zeros_like(self.r), weights)
         for pull in pulls:
             solution = self.solve(pull)
             error = self.error(*solution, weights)

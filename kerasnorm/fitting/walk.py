@@ -33,7 +33,7 @@ from rewriters.tracing import watching
 PART = 256
 # What can be chosen is compared on as many samples, at most; on fewer where they are
 # large, since each choice is tried on all of their positions.
-LOOK, LOOK_LEAST, LOOK_BYTES, LOOK_ROWS = 64, 10, 6e7, 1024
+LOOK, LOOK_LEAST, LOOK_ROWS = 64, 10, 1024
 # So many show what a layer does.
 FEW = 4
 # Samples come back once so many times as many have room; each time costs a pass.
@@ -88,7 +88,7 @@ class Walk:
         self.sites: dict[int, Site] = {}
         self.recorded: dict[int, list[Any]] = {}
         # Student's value -> the linear layer, solved already, that makes it.
-        self.makers: dict[Value, linear.Linear] = {}
+        self.makers: dict[Value, Any] = {}
 
         self.arrays = inputs.arrays
         programs = [
@@ -99,7 +99,7 @@ class Walk:
         self.twins = twins(*programs)
         self.back = {t: s for s, t in self.twins.items()}
         self.order = {t: k for k, t in enumerate(programs[0].instructions)}
-        self.sums = sums(*programs, self.twins)
+        self.sums = sums(programs[0], programs[1], self.twins)
         # Teacher's value -> the last instruction of the student it is compared at.
         self.compared: dict[Value, int] = {}
         for k, s in enumerate(programs[1].instructions):
@@ -376,7 +376,7 @@ class Walk:
             return
         given, wanted, held = None, y[0], self._held(0, len(y[0]))
         if masks[0] is None:  # which would be lost on the way
-            fits = int(LOOK_BYTES * len(y[0]) / max(1, size_of(y[0])))
+            fits = int(self.memory / 32 * len(y[0]) / max(1, size_of(y[0])))
             look = min(LOOK, max(LOOK_LEAST, fits))
             parts = range(min(len(y), -(-look // len(y[0]))))
             given, wanted = (

@@ -60,3 +60,51 @@ def print_of(sample: Any) -> bytes:
     a = np.asarray(sample)
     raw = repr(a.tolist()).encode() if a.dtype.kind in "OSU" else a.tobytes()
     return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def check_strings(name: str, a: np.ndarray) -> None:
+    """Refuses an input that holds anything but strings.
+
+    Raises:
+        KerasNormError: it does.
+    """
+    if a.dtype.kind == "O":
+        other = {type(v).__name__ for v in a.flat if not isinstance(v, (str, bytes))}
+    else:
+        other = set() if a.dtype.kind in "SU" else {str(a.dtype)}
+    if other:
+        raise KerasNormError(
+            f"the data for {name!r} holds no strings",
+            got=", ".join(sorted(other)),
+            expected="an array of strings",
+        )
+
+
+def check_numbers(name: str, a: np.ndarray) -> None:
+    """Refuses an input that holds anything but finite numbers.
+
+    Raises:
+        KerasNormError: it does.
+    """
+    if a.dtype.kind in "iub":
+        return
+    try:
+        if a.dtype.kind in "OSU":
+            raise TypeError
+        # Also reads bfloat16, whose kind is that of no number.
+        known = a.dtype.kind in "fc"
+        finite = [np.isfinite(v if known else v.astype("float32")).all() for v in a]
+        bad = np.flatnonzero(~np.array(finite, bool))
+    except (TypeError, ValueError):
+        raise KerasNormError(
+            f"the data for {name!r} holds no numbers",
+            got=f"dtype {a.dtype}",
+            expected="an array of integers or floating point numbers",
+        ) from None
+    if len(bad):
+        raise KerasNormError(
+            f"the data for {name!r} has NaN or infinite values",
+            got=f"{len(bad)} of {len(a)} samples, the first at index {bad[0]}",
+            expected="finite numbers",
+            fix="Drop or repair these samples",
+        )

@@ -12,7 +12,13 @@ import keras
 import numpy as np
 from keras import tree
 
-from kerasnorm.common.arrays import Taken, as_array, print_of
+from kerasnorm.common.arrays import (
+    Taken,
+    as_array,
+    check_numbers,
+    check_strings,
+    print_of,
+)
 from kerasnorm.common.errors import KerasNormError
 from rewriters import private
 from rewriters.program import fixed_batch
@@ -413,44 +419,6 @@ def _check_values(model: Any, arrays: Arrays) -> None:
     dtypes = dtypes or [None] * len(names)
     for name, dtype, a in zip(names, dtypes, arrays, strict=True):
         if dtype == "string":
-            _check_strings(name, a)
+            check_strings(name, a)
         else:
-            _check_numbers(name, a)
-
-
-def _check_strings(name: str, a: np.ndarray) -> None:
-    if a.dtype.kind == "O":
-        other = {type(v).__name__ for v in a.flat if not isinstance(v, (str, bytes))}
-    else:
-        other = set() if a.dtype.kind in "SU" else {str(a.dtype)}
-    if other:
-        raise KerasNormError(
-            f"the data for {name!r} holds no strings",
-            got=", ".join(sorted(other)),
-            expected="an array of strings",
-        )
-
-
-def _check_numbers(name: str, a: np.ndarray) -> None:
-    if a.dtype.kind in "iub":
-        return
-    try:
-        if a.dtype.kind in "OSU":
-            raise TypeError
-        # Also reads bfloat16, whose kind is that of no number.
-        known = a.dtype.kind in "fc"
-        finite = [np.isfinite(v if known else v.astype("float32")).all() for v in a]
-        bad = np.flatnonzero(~np.array(finite, bool))
-    except (TypeError, ValueError):
-        raise KerasNormError(
-            f"the data for {name!r} holds no numbers",
-            got=f"dtype {a.dtype}",
-            expected="an array of integers or floating point numbers",
-        ) from None
-    if len(bad):
-        raise KerasNormError(
-            f"the data for {name!r} has NaN or infinite values",
-            got=f"{len(bad)} of {len(a)} samples, the first at index {bad[0]}",
-            expected="finite numbers",
-            fix="Drop or repair these samples",
-        )
+            check_numbers(name, a)

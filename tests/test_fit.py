@@ -146,7 +146,7 @@ def test_ridge_minimizes_its_objective(intercept, rng):
     x, r = rng.normal(size=(60, 2, 7)) + 0.5, rng.normal(size=(60, 2, 3))
     normal = solve.Normal(intercept)
     for part in np.split(np.arange(60), 3):
-        normal.add(x[part], r[part])
+        normal.add(x[part], r[part], np.zeros(len(part), bool))
     change, shift = normal.solve(0.1)
     for g in range(2):
         a, b = (v[:, g] - v[:, g].mean(0) * intercept for v in (x, r))
@@ -166,8 +166,7 @@ def test_the_pull_is_the_one_that_holds_on_rows_held_out(rng):
     x, truth = rng.normal(size=(90, 1, 60)), rng.normal(size=(60, 2)) * 0.1
     r = x @ truth + rng.normal(size=(90, 1, 2))
     normal = solve.Normal(False)
-    normal.add(x[:50], r[:50])
-    normal.keep(x[50:], r[50:])
+    normal.add(x, r, np.arange(90) >= 50)
     change, _ = normal.best()
     errors = [
         np.sum((r[50:, 0] - x[50:, 0] @ normal.solve(p)[0][0]) ** 2)
@@ -181,8 +180,8 @@ def test_the_pull_is_the_one_that_holds_on_rows_held_out(rng):
 def test_nothing_is_changed_that_does_not_hold_on_rows_held_out(rng):
     x, r = rng.normal(size=(50, 1, 60)), rng.normal(size=(50, 1, 2))
     normal = solve.Normal(False)
-    normal.add(x[:40], r[:40])
-    normal.keep(x[40:], r[40:] * 1e-3)  # where there is nothing to make up for
+    r[40:] *= 1e-3  # where there is nothing to make up for
+    normal.add(x, r, np.arange(50) >= 40)
     assert normal.best() is None
 
 
@@ -980,7 +979,8 @@ def test_linear_layers_are_rows_times_matrices(rng):
         kernel = keras.ops.convert_to_numpy(problem.kernel)
         problem.kernel.assign(kernel + 0.1 * rng.normal(size=kernel.shape))
         normal = solve.Normal(layer.use_bias)
-        normal.add(rows, problem.residual(rows, wanted))
+        residual = problem.residual(rows, wanted)
+        normal.add(rows, residual, np.zeros(len(rows), bool))
         assert problem.update(*normal.solve(0.0))
         np.testing.assert_allclose(
             layer(x), y, rtol=2e-3, atol=2e-3 * np.abs(y).max(), err_msg=message

@@ -23,8 +23,9 @@ from rewriters.transfer import own_variables
 
 # Beyond this many inputs of one output the normal equations cost more than they buy.
 MAX_COLUMNS = 6144
-# Multiplications for the products of the rows, where more rows are but better.
-PRODUCTS = 2e10
+# Multiplications for the products of the rows, where more rows are but better, and so
+# many more for each value that is gathered.
+PRODUCTS = 1e10
 
 
 class Linear:
@@ -130,20 +131,17 @@ class Linear:
                 more = np.take_along_axis(more, picked[..., None], 1)
                 targets = targets + more.reshape(targets.shape)
             targets, out = targets[keep], out[keep]
-            left = self.residual(rows, targets)
-            normal.add(rows[~out], left[~out])
-            normal.keep(rows[out], left[out])
+            normal.add(rows, self.residual(rows, targets), out)
             sizes = sizes + np.square(targets).sum(0, dtype="float64")
         weights = 1 / (sizes + 1e-3 * np.mean(sizes) + 1e-30)
         return normal, np.reshape(weights, (self.groups, -1))
 
     def _limit(self, memory: float) -> int:
         """How many rows to solve on: several times as many as there are unknowns of one
-        output, and more as long as the products are cheap. A fifth of them is held out,
-        and held."""
+        output, and more as long as the products are cheap."""
         least = min(2**15, 8 * self.columns)
-        cheap = int(PRODUCTS / (self.groups * self.columns**2))
-        room = int(memory / 8 / (self.groups * self.columns * 4 / 5))
+        cheap = int(PRODUCTS / (self.groups * self.columns * (self.columns + 100)))
+        room = int(memory / 32 / (self.groups * self.columns))
         return max(256, min(room, max(least, min(cheap, 2**16))))
 
     def residual(self, x: Array, y: Array) -> Array:

@@ -7,6 +7,7 @@ Problems are built up from sums over rows, so that no rows have to be held.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -119,11 +120,32 @@ def affine(
     return gamma, at[1] - gamma * at[0] if center else beta
 
 
+class Products:
+    """Sums of products over rows of inputs and residuals, by group."""
+
+    def __init__(self, origin: tuple[Array, Array]):
+        self.origin = origin  # what is subtracted first, `(groups, 1, columns)` each
+        self.n = 0
+        self.x = self.r = self.xx = self.xr = self.rr = np.zeros(())
+
+    def add(self, x: Array, r: Array) -> None:
+        """Adds rows, `(groups, rows, columns)` each."""
+        # The products are the cost, and single precision is plenty beside the pull;
+        # the solution of the small system is not.
+        x, r = x - self.origin[0], r - self.origin[1]
+        turned = x.swapaxes(1, 2)
+        self.n += x.shape[1]
+        self.x = self.x + x.sum(1, dtype="float64")
+        self.r = self.r + r.sum(1, dtype="float64")
+        self.xx = self.xx + (turned @ x).astype("float64")
+        self.xr = self.xr + (turned @ r).astype("float64")
+        self.rr = self.rr + np.square(r).sum(1, dtype="float64")
+
+
 class Normal:
     """The normal equations of a change of linear maps that explains a residual.
 
-    Each of `groups` maps has its own inputs and outputs. Rows held out are kept as they
-    are: what is solved on the others is judged by them.
+    Each of `groups` maps has its own inputs and outputs.
 
     Args:
         intercept: whether the change has a shift as well.
@@ -131,44 +153,41 @@ class Normal:
 
     def __init__(self, intercept: bool):
         self.intercept = intercept
-        self.n, self.held = 0, []
+        self.rows: Products | None = None
+        self.held: Products | None = None
 
-    def add(self, x: Array, residual: Array) -> None:
-        """Adds rows: inputs `(rows, groups, inputs)` and what is missing at the
-        outputs, `(rows, groups, outputs)`."""
-        if not len(x):
-            return
-        # The products are the cost, and single precision is plenty beside the pull;
-        # the solution of the small system is not.
+    def add(self, x: Array, residual: Array, held: Array) -> None:
+        """Adds rows: inputs `(rows, groups, inputs)`, what is missing at the outputs,
+        `(rows, groups, outputs)`, and which rows are held out: what is solved on the
+        others is judged by them."""
         x = np.ascontiguousarray(x.astype("float32").swapaxes(0, 1))
         r = np.ascontiguousarray(residual.astype("float32").swapaxes(0, 1))
-        if not self.n:
+        if not x.shape[1]:
+            return
+        if self.rows is None:
             means = x.mean(1, keepdims=True), r.mean(1, keepdims=True)
-            zeros = map(np.zeros_like, means)
-            self.origin = means if self.intercept else tuple(zeros)
-            self.x = self.r = self.xx = self.xr = np.zeros(())
-        x, r = x - self.origin[0], r - self.origin[1]
-        turned = x.swapaxes(1, 2)
-        self.n += x.shape[1]
-        self.x = self.x + x.sum(1, dtype="float64")
-        self.r = self.r + r.sum(1, dtype="float64")
-        self.xx = self.xx + (turned @ x)
-        self.xr = self.xr + (turned @ r)
+            if not self.intercept:
+                means = np.zeros_like(means[0]), np.zeros_like(means[1])
+            self.rows, self.held = Products(means), Products(means)
+        for out, products in ((~held, self.rows), (held, self.held)):
+            if products is not None and out.any():
+                products.add(x[:, out], r[:, out])
 
-    def keep(self, x: Array, residual: Array) -> None:
-        """Holds rows out."""
-        if len(x):
-            self.held.append((x.astype("float32"), residual.astype("float32")))
+    @property
+    def finite(self) -> bool:
+        """Whether there is something that can be solved."""
+        return self.rows is not None and bool(np.isfinite(self.rows.xx).all())
 
     def solve(self, pull: float) -> tuple[Array, Array]:
         """D, `(groups, inputs, outputs)`, and d, `(groups, outputs)`, that minimize
         |x D + d - residual|^2 + pull * tr(x'x) / inputs * |D|^2."""
-        gram, product = (np.array(v, "float64") for v in (self.xx, self.xr))
-        x, r = (o[:, 0].astype("float64") for o in self.origin)
+        rows: Any = self.rows
+        gram, product = rows.xx.copy(), rows.xr.copy()
+        x, r = (o[:, 0].astype("float64") for o in rows.origin)
         if self.intercept:
-            mx, mr = self.x / self.n, self.r / self.n
-            gram -= self.n * mx[:, :, None] * mx[:, None, :]
-            product -= self.n * mx[:, :, None] * mr[:, None, :]
+            mx, mr = rows.x / rows.n, rows.r / rows.n
+            gram -= rows.n * mx[:, :, None] * mx[:, None, :]
+            product -= rows.n * mx[:, :, None] * mr[:, None, :]
             x, r = x + mx, r + mr
         at = np.arange(gram.shape[-1])
         power = gram[:, at, at].mean(1)
@@ -180,12 +199,13 @@ class Normal:
 
     def error(self, change: Array, shift: Array, weights: Array) -> float:
         """Weighted sum of squares that a change leaves on the rows held out."""
-        total = 0.0
-        change, shift = change.astype("float32"), shift.astype("float32")
-        for x, r in self.held:
-            left = r.swapaxes(0, 1) - x.swapaxes(0, 1) @ change - shift[:, None]
-            total += float(np.sum(np.square(left).sum(1, dtype="float64") * weights))
-        return total
+        held: Any = self.held
+        x, r = (o[:, 0].astype("float64") for o in held.origin)
+        off = shift + np.einsum("gi,gio->go", x, change) - r
+        left = held.r - np.einsum("gi,gio->go", held.x, change)
+        total = held.rr - 2 * off * left + held.n * off**2
+        total = total + np.sum(change * (held.xx @ change - 2 * held.xr), 1)
+        return float(np.sum(np.maximum(total, 0) * weights))
 
     def best(
         self, pulls: Sequence[float] = PULLS, weights: Array | float = 1.0
@@ -193,13 +213,14 @@ class Normal:
         """The change that leaves the least on the rows held out, None where that is
         none: the pull is weakened as long as it pays. With nothing held out, what a
         weak pull gives."""
-        if not self.n:
+        if self.rows is None or not self.rows.n:
             return None
-        if not self.held:
+        if self.held is None or not self.held.n:
             return self.solve(1e-1)
         found, least, worse = None, np.inf, 0
         weights = np.asarray(weights)
-        start = self.error(np.zeros_like(self.xr), np.zeros_like(self.r), weights)
+        none = np.zeros_like(self.rows.xr), np.zeros_like(self.rows.r)
+        start = self.error(*none, weights)
         for pull in pulls:
             solution = self.solve(pull)
             error = self.error(*solution, weights)

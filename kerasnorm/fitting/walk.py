@@ -492,9 +492,9 @@ class Walk:
                 self.seed,
                 self.memory,
             )
-            if not normal.n:
+            if normal.rows is None:
                 return False
-            if not np.isfinite(normal.xx).all() or not np.isfinite(weights).all():
+            if not normal.finite or not np.isfinite(weights).all():
                 return self._leave(path, "values too large")
             change = normal.best(weights=weights)
         if change is not None:
